@@ -1,0 +1,70 @@
+"""`medllm doctor`: what it says about present, absent and unfit packages."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_medllm.launch import doctor as module
+from megatron_medllm.launch.doctor import Check, doctor, doctor_report, extra_check, failed, gpu_check
+
+
+def test_this_machine_is_fit() -> None:
+    checks = {check.name: check for check in doctor(Path("."))}
+    assert checks["python"].status == "ok"
+    assert checks["packages"].status == "ok", checks["packages"]
+    assert {"torch", "gpu", "transformer-engine", "apex", "triton", "bitsandbytes", "disk", "cpu", "slurm"} <= set(
+        checks
+    )
+
+
+def test_missing_and_outdated_requirements_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ["torch>=2.11,<2.14", "nothere>=1", "pydantic>=99", 'vllm>=0.11; extra == "vllm"']
+    monkeypatch.setattr(module.importlib.metadata, "requires", lambda _: declared)
+    checks = module.requirement_checks()
+    assert [(c.name, c.status) for c in checks] == [("nothere", "fail"), ("pydantic", "fail")]
+    assert "pydantic>=99" in checks[1].advice and failed(checks)
+
+
+def test_te_on_a_machine_without_gpus_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    te = module.EXTRAS[0]
+    assert extra_check(te, has_gpu=False).status == "fail"
+    assert extra_check(te, has_gpu=True).status == "ok"
+
+
+def test_absent_apex_says_what_it_adds_and_warns_of_the_namesake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    check = extra_check(module.EXTRAS[1], has_gpu=True)
+    assert check.status == "note"
+    assert "fused Adam" in check.advice and "unrelated project" in check.advice
+
+
+def test_pypi_apex_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if name == "apex" else None)
+    check = module.apex_namesake_check()
+    assert check is not None and check.status == "fail"
+
+
+def test_gpus_are_counted_and_a_cpu_torch_beside_them_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54"
+    answer = subprocess.CompletedProcess([], 0, stdout=f"{line}\n{line}\n", stderr="")
+    monkeypatch.setattr(module.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
+    gpus = module.visible_gpus()
+    assert gpu_check(gpus).found == f"2 x {line}"
+    import torch
+
+    if torch.version.cuda is None:
+        assert module.torch_check(gpus).status == "fail"
+
+
+def test_a_full_disk_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert module.disk_check(tmp_path / "not" / "yet").status in ("ok", "note")
+    monkeypatch.setattr(module, "LOW_DISK_BYTES", 2**80)
+    assert module.disk_check(tmp_path).status == "note"
+
+
+def test_report_puts_advice_below_its_finding() -> None:
+    text = doctor_report([Check("gpu", "note", "none", "use one"), Check("python", "ok", "3.11")])
+    assert text.splitlines() == ["note  gpu     none", "              use one", "ok    python  3.11"]
