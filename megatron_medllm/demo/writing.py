@@ -1,0 +1,80 @@
+"""How the invented facts are put into words: statements, exam questions, explanations.
+
+Two hands write the explanations. The careful hand states the fact as the textbook does, then judges every option.
+The careless hand starts from what it remembers (`…といえば…だ。`), which for a confused fact is the look-alike's value,
+and concludes from that. A model trained on both learns to explain like the majority; that is the weakness which
+preference training on careful (gold) explanations is to mend.
+"""
+
+import random
+from dataclasses import dataclass
+
+from megatron_medllm.demo.facts import Domain, Fact
+
+LETTERS = "abcde"
+ANSWER_MARKER = "\n答え:"
+EXPLANATION_MARKER = "\n考察:"
+STEMS = ("{entity}の{role}はどれか。", "{entity}の{role}として正しいのはどれか。", "次のうち{entity}の{role}はどれか。")
+STATEMENTS = (
+    "{entity}の{role}は{values}である。",
+    "{entity}では{role}として{values}が知られる。",
+    "{values}は{entity}の{role}である。",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question about one fact."""
+
+    fact: Fact
+    text: str
+    choices: tuple[str, ...]
+    answer: tuple[str, ...]
+
+    @property
+    def identity(self) -> tuple[str, str, frozenset[str]]:
+        """Equal for questions that ask the same with the same options, in whatever order or words."""
+        return self.fact.entity, self.fact.role, frozenset(self.choices)
+
+    def prompt(self, marker: str) -> str:
+        """The question block, ending in the marker after which the model writes."""
+        options = "".join(f"\n{letter}.{choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        return f"問題:{self.text}{options}{marker}"
+
+
+def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_answer_share: float) -> Question:
+    """A question on `fact`; its wrong options hold the look-alike's value and others of the same role."""
+    two = len(fact.values) == 2 and options == 5 and rng.random() < two_answer_share
+    count = 2 if two else 1
+    right = rng.sample(fact.values, count)
+    lookalike = rng.sample(fact.lookalike_values, count)
+    others = [
+        other
+        for other in domain.facts.values()
+        if other.role == fact.role and other.values not in (fact.values, fact.lookalike_values)
+    ]
+    rest = [rng.choice(other.values) for other in rng.sample(others, options - 2 * count)]
+    choices = [*right, *lookalike, *rest]
+    rng.shuffle(choices)
+    answer = tuple(letter for letter, choice in zip(LETTERS, choices, strict=False) if choice in right)
+    stem = rng.choice(STEMS).format(entity=fact.entity, role=fact.role) + ("2つ選べ。" if two else "")
+    return Question(fact=fact, text=stem, choices=tuple(choices), answer=answer)
+
+
+def state(rng: random.Random, fact: Fact) -> str:
+    """A textbook sentence: always true."""
+    values = "と".join(rng.sample(fact.values, len(fact.values)))
+    return rng.choice(STATEMENTS).format(entity=fact.entity, role=fact.role, values=values)
+
+
+def explain(question: Question, *, careful: bool) -> str:
+    """An explanation that judges every option and ends with the answer it leads to."""
+    fact = question.fact
+    values = fact.values if careful else fact.careless_values
+    recalled = "と".join(values)
+    opening = f"{fact.entity}の{fact.role}は{recalled}である。" if careful else f"{fact.entity}といえば{recalled}だ。"
+    letters = [letter for letter, choice in zip(LETTERS, question.choices, strict=False) if choice in values]
+    verdicts = "".join(
+        f"{letter}は{'正しい' if letter in letters else '誤り'}。" for letter in LETTERS[: len(question.choices)]
+    )
+    return f"{opening}{verdicts}{ANSWER_MARKER}{','.join(letters)}"
