@@ -76,7 +76,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         UserError: the file is missing, or a line is not a JSON object (names file and line).
     """
     try:
-        stream = open(path, "rb")
+        stream = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     with stream:

@@ -1,0 +1,152 @@
+"""How a stage trains: data, batches, optimizer, adapters, checkpoints, guards."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_medllm.config.base import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="final learning rate / peak")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up linearly")
+    decay_ratio: float = Field(default=0.2, gt=0, le=1, description="share of the steps that decay (wsd)")
+    weight_decay: float = Field(default=0.1, ge=0, description="not applied to norms and biases")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm; 0 turns clipping off")
+    moments_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 needs TE on CUDA")
+
+
+class AdapterConfig(Section):
+    """LoRA (arXiv 2106.09685) on a frozen base; `base` is how the frozen weights are held."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    base: Literal["bf16", "fp8", "nf4"] = "bf16"
+
+
+class CheckpointConfig(Section):
+    """When training state is written and which checkpoints are kept."""
+
+    every_steps: int = Field(default=0, ge=0, description="0: only at the end and on a signal")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    keep_every_steps: int = Field(default=0, ge=0, description="checkpoints at multiples of this stay for good")
+    async_save: bool = False
+
+
+class GuardConfig(Section):
+    """What training does when a step's numbers are not to be trusted, and when time runs out."""
+
+    loss_spike_factor: float = Field(
+        default=0.0, ge=0, description="skip a step whose loss exceeds this x the median; 0: off"
+    )
+    window: int = Field(default=50, gt=1, description="steps of the median")
+    roll_back_after: int = Field(
+        default=5, ge=1, description="skipped steps in a row before the last checkpoint is reloaded"
+    )
+    stop_after: int = Field(default=20, ge=1, description="skipped steps in all before the run stops")
+    walltime_s: float | None = Field(
+        default=None, gt=0, description="stop in time for this; default: MEDLLM_WALLTIME_S or none"
+    )
+
+
+class TrainConfig(Section):
+    """What CPT and RPO share."""
+
+    optimizer: OptimizerConfig
+    sequence_length: int = Field(gt=0, description="tokens of one packed row")
+    micro_batch_size: int = Field(default=1, gt=0, description="rows in one forward pass")
+    global_batch_size: int = Field(gt=0, description="rows (CPT) or pairs (RPO) in one step, over all replicas")
+    adapter: AdapterConfig | None = Field(default=None, description="LoRA; none: all parameters train")
+    fp8: Literal["none", "hybrid"] = Field(default="none", description="FP8 GEMMs in full training")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    log_every_steps: int = Field(default=1, gt=0)
+    validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
+    validation_batches: int = Field(default=8, gt=0)
+    wandb_project: str | None = None
+
+
+class DataSource(Section):
+    """One indexed dataset in the blend."""
+
+    prefix: Path = Field(description="path of the .bin/.idx pair without the suffix, or a folder with manifest.json")
+    weight: float = Field(default=1.0, gt=0)
+
+
+class CptConfig(TrainConfig):
+    """Continued pretraining on a blend of indexed datasets."""
+
+    data: tuple[DataSource, ...] = Field(min_length=1)
+    train_tokens: int | None = Field(default=None, gt=0, description="token budget; give this or epochs")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the blend; give this or train_tokens")
+    split: str = Field(default="1,0,0", description="train,validation,test shares of every source")
+    loss_after: tuple[str, ...] = Field(
+        default=(), description="in documents that contain one of these strings, only what follows it is learned"
+    )
+    z_loss: float = Field(default=0.0, ge=0, description="coefficient of log(Z)^2 (PaLM, section 5)")
+    batch_ramp_steps: int = Field(default=0, ge=0, description="steps over which the batch grows to global_batch_size")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "CptConfig":
+        if (self.train_tokens is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train_tokens and epochs")
+        return self
+
+
+class RpoLossConfig(Section):
+    """Reasoning Preference Optimization (arXiv 2404.19733) and its relatives."""
+
+    kind: Literal["rpo", "dpo_norm", "cdpo", "hinge", "ipo", "dpop", "simpo", "sft"] = "rpo"
+    beta: float = Field(default=0.1, gt=0)
+    alpha: float = Field(default=1.0, ge=0, description="weight of the length-normalised NLL of the chosen response")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="cdpo: probability that a label is flipped")
+    dpop_lambda: float = Field(default=50.0, ge=0, description="dpop: weight of its penalty")
+    simpo_gamma: float = Field(default=0.5, ge=0, description="simpo: target margin")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RpoLossConfig":
+        if (self.label_smoothing > 0) != (self.kind == "cdpo"):
+            raise ValueError("label_smoothing goes with kind=cdpo, and cdpo needs it > 0")
+        if self.kind == "sft" and self.alpha == 0:
+            raise ValueError("kind=sft is the NLL alone: alpha must be > 0")
+        return self
+
+
+class RpoGuardConfig(Section):
+    """Signs of a preference run going wrong."""
+
+    chosen_fall_steps: int = Field(
+        default=20, gt=0, description="warn when the chosen log-prob fell for this many steps"
+    )
+    max_margin: float = Field(default=1e4, gt=0, description="stop when the mean margin exceeds this")
+    max_grad_norm: float = Field(default=1e6, gt=0, description="stop when the gradient norm exceeds this")
+    min_edit_distance: float = Field(default=0.0, ge=0, le=1, description="drop pairs whose answers differ by less")
+
+
+class RpoConfig(TrainConfig):
+    """Preference optimization on pairs, against cached reference log-probabilities."""
+
+    pairs: Path = Field(description="JSONL or Parquet with prompt, chosen, rejected")
+    reference: Path | None = Field(default=None, description="folder of `medllm score`; default: OUTPUT/../reference")
+    epochs: float = Field(default=1.0, gt=0)
+    loss: RpoLossConfig = RpoLossConfig()
+    share_prompt: bool = Field(default=True, description="chosen and rejected behind one copy of their prompt")
+    template: str = Field(default="plain", description="plain: prompt + response; chat: the tokenizer's chat template")
+    add_eos: bool = Field(default=True, description="responses end with the tokenizer's eos")
+    mask_patterns: tuple[str, ...] = Field(default=(), description="regexes of response text left out of the DPO term")
+    too_long: Literal["drop", "cut_prompt"] = "drop"
+    rpo_guard: RpoGuardConfig = RpoGuardConfig()

@@ -1,0 +1,298 @@
+"""Qwen2.5 as a Megatron-Core GPTModel: shape -> TransformerConfig -> layer spec -> model chunks.
+
+t: tokens of the packed stream, h: hidden size, hn: width of a head, v: padded vocabulary.
+
+The model differs from Megatron-Core's in two places. RoPE angles come from the stream's own position ids, so packed
+documents restart and a response continues from a shared prompt. And the last stage returns token log-probabilities
+from a fused head instead of logits, which are never made.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_medllm.config.layout import LayoutConfig, padded_vocab_size
+from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.kernels.logprob import fused_linear_logprob
+from megatron_medllm.models.attention import PackedAttention
+from megatron_medllm.parallel.packed import PackedSequences
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(shape: ModelShape, layout: LayoutConfig, model: ModelConfig) -> TransformerConfig:
+    """The one place that builds Megatron-Core's configuration.
+
+    Raises:
+        UserError: the layout does not divide the model.
+    """
+    layout.check_model(shape)
+    dtype = DTYPES[model.dtype]
+    te = model.backend == "te"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=model.init_std,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=model.path is None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sp,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        # Interleaved stages with the default pair of these two corrupt the loss without an error.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=te,
+        bias_dropout_fusion=te,
+        apply_rope_fusion=te,
+        masked_softmax_fusion=False,
+        persist_layer_norm=te,
+        gradient_accumulation_fusion=False,
+        **_recompute(layout),
+    )
+
+
+def _recompute(layout: LayoutConfig) -> dict[str, Any]:
+    if layout.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if layout.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) that also works under sequence parallelism.
+
+    There its weight sees a slice of the sequence only, so its gradient is summed over the tensor-parallel group;
+    the mark on the weight asks Megatron-Core for that.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def torch_layer_spec() -> ModuleSpec:
+    """A transformer layer of Megatron-Core's own linears, torch's norm and our packed attention."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=tensor_parallel.ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=tensor_parallel.RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Both backends write Transformer Engine's checkpoint keys, so that either loads the other's.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig, backend: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage (and virtual stage) builds, and the final norm."""
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return TransformerBlockSubmodules([get_gpt_layer_with_transformer_engine_spec()] * count, TENorm)
+    return TransformerBlockSubmodules([torch_layer_spec()] * count, RMSNorm)
+
+
+class Qwen25Model(GPTModel):
+    """One pipeline stage of Qwen2.5 over packed sequences."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, *, backend: str, vp_stage: int | None) -> None:
+        tp_size = config.tensor_model_parallel_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config, backend, vp_stage),
+            vocab_size=padded_vocab_size(shape.vocab_size, 128 * tp_size),
+            max_sequence_length=shape.max_position_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rotary_base,
+            share_embeddings_and_output_weights=shape.tie_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        self.shape = shape
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,  # [1, t]
+        position_ids: Tensor,  # [1, t]
+        decoder_input: Tensor | None = None,
+        inference_context: None = None,
+        packed_seq_params: PackedSequences | None = None,
+        padding_mask: None = None,
+    ) -> tuple:
+        if packed_seq_params is None or packed_seq_params.qkv_format == "thd":
+            return super()._preprocess(
+                input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
+            )
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.training and torch.is_grad_enabled() and not decoder_input.requires_grad:
+                # Recomputing a layer whose input needs no gradient gives its adapters none, silently.
+                decoder_input.requires_grad_()
+        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq.to(position_ids.device))
+        rotary_pos_emb = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [t, 1, 1, hn]
+        return decoder_input, rotary_pos_emb, None, None, None, padding_mask
+
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states of an inner stage; `[2, t]` log-probs and log-sum-exps with labels; logits without."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
+        return self._token_logprobs(hidden_states, labels)
+
+    def _token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        logprobs, lse = fused_linear_logprob(
+            hidden[:, 0],
+            weight,
+            labels[0],
+            tp_group=group if group.size() > 1 else None,
+            vocab_start=group.rank() * weight.shape[0],
+            valid_vocab=self.shape.vocab_size,
+        )
+        return torch.stack((logprobs, lse))
+
+
+def build_model(model: ModelConfig, layout: LayoutConfig, *, device: torch.device) -> list[nn.Module]:
+    """This rank's model chunks: one, or `layout.vpp` of them. bf16 chunks are wrapped in Float16Module."""
+    shape = model.resolve_shape()
+    config = transformer_config(shape, layout, model)
+    stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    chunks: list[nn.Module] = [
+        Qwen25Model(config, shape, backend=model.backend, vp_stage=stage).to(device) for stage in stages
+    ]
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+
+
+def unwrap(module: nn.Module) -> Qwen25Model:
+    """The Qwen25Model inside DDP and Float16Module."""
+    while not isinstance(module, Qwen25Model):
+        module = module.module
+    return module
+
+
+def global_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under names that hold in every layout: layers are numbered from 0 over the whole model."""
+    first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    for name, parameter in chunk.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first)
+        yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def initialize_weights(chunks: list[nn.Module], *, seed: int, tp_rank: int, tp_size: int) -> None:
+    """Fill with random weights that depend on the seed and the parameter's global name only, not on the layout.
+
+    Normal with the configured standard deviation; the two projections into the residual stream are scaled by
+    1/sqrt(2*layers), as Megatron does (GPT-2, section 2.3). Norm weights are 1, biases 0, padded vocabulary rows 0.
+    """
+    for chunk in map(unwrap, chunks):
+        for name, parameter in global_parameters(chunk):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "layernorm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(_random_slice(chunk, name, parameter, seed=seed, tp_rank=tp_rank, tp_size=tp_size))
+
+
+def _random_slice(chunk: Qwen25Model, name: str, parameter: Tensor, *, seed: int, tp_rank: int, tp_size: int) -> Tensor:
+    config, shape = chunk.config, chunk.shape
+    std = config.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * shape.num_layers)
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        name = "embedding.word_embeddings.weight"
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+    draw = partial(torch.randn, generator=generator)
+    rows, columns = parameter.shape
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):  # row-parallel: split over columns
+        return draw(rows, columns * tp_size).chunk(tp_size, dim=1)[tp_rank] * std
+    if name.endswith("linear_fc1.weight"):  # gate and up are split each on its own
+        gate, up = draw(2, rows // 2 * tp_size, columns).chunk(tp_size, dim=1)[tp_rank]
+        return torch.cat((gate, up)) * std
+    if "word_embeddings" in name or "output_layer" in name:  # padding depends on the layout, so it is not drawn
+        full = torch.zeros(rows * tp_size, columns)
+        full[: shape.vocab_size] = draw(shape.vocab_size, columns)
+        return full.chunk(tp_size)[tp_rank] * std
+    return draw(rows * tp_size, columns).chunk(tp_size)[tp_rank] * std

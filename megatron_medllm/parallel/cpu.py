@@ -1,0 +1,268 @@
+"""Megatron-Core on a machine without CUDA: its CUDA names are redirected, inside `megatron.core` only.
+
+The problem: Megatron-Core 0.16.1 writes `torch.cuda.current_device()`, `device="cuda"` and CUDA streams into code
+that is otherwise device-neutral. The method: every loaded `megatron.core` module that holds the name `torch` gets a
+proxy module instead, whose factory functions place tensors on the CPU and whose `cuda` is made of no-ops; everything
+else passes through. Two tensor methods (`Tensor.cuda`, and `Tensor.type` as Megatron's optimizer asks it) are patched
+globally, since they cannot be reached by name. The trade-off: this leans on one version's internals, so any other
+version is refused, and the module is never imported on a CUDA run.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_medllm.errors import UserError
+
+SUPPORTED_VERSION = "0.16.1"
+
+# Modules that must be loaded before the redirection, so that none keeps the real `torch` by being imported late.
+_MODULES = (
+    "megatron.core",
+    "megatron.core.optimizer",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+)
+# torch.jit and torch.compile read these modules' source: a proxy there breaks them, and they hold no CUDA names.
+_UNTOUCHED = ("megatron.core.fusions", "megatron.core.jit", "megatron.core.activations")
+_FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "eye", "rand", "randn", "randint"),
+    *("empty_like", "zeros_like", "ones_like", "full_like"),
+)
+
+
+def _no_op(*_: Any, **__: Any) -> None:
+    return None
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    record = wait = synchronize = _no_op
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: "_Event") -> float:
+        return 0.0
+
+
+class _Stream:
+    """A CUDA stream on which everything is done at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = _no_op
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+
+class _Cuda(types.ModuleType):
+    """What `torch.cuda` means inside Megatron-Core on a CPU."""
+
+    Stream, Event = _Stream, _Event
+    set_device = synchronize = empty_cache = staticmethod(_no_op)
+    current_device = staticmethod(lambda: torch.device("cpu"))
+    device_count = staticmethod(lambda: 1)
+    current_stream = default_stream = staticmethod(lambda *_: _Stream())
+    stream = staticmethod(lambda _: contextlib.nullcontext())
+    get_rng_state = staticmethod(lambda *_, **__: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *_, **__: torch.set_rng_state(state))
+    manual_seed = staticmethod(torch.manual_seed)
+    memory_allocated = max_memory_allocated = memory_reserved = staticmethod(lambda *_: 0)
+    is_current_stream_capturing = staticmethod(lambda: False)
+    nvtx = types.SimpleNamespace(range_push=_no_op, range_pop=_no_op)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def place(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return place
+
+
+def _torch_proxy() -> types.ModuleType:
+    proxy = types.ModuleType("torch")
+    proxy.__dict__.update(vars(torch))
+    proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
+    proxy.cuda = _Cuda("torch.cuda")
+    for name in _FACTORIES:
+        setattr(proxy, name, _on_cpu(getattr(torch, name)))
+    proxy.autocast = lambda device, *args, **kwargs: torch.autocast("cpu", *args, **kwargs)
+    return proxy
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam(W) with the surface of TE's and apex's FusedAdam, on torch's fused CPU kernel.
+
+    Megatron's distributed optimizer saves and loads `step` from the parameter group and `exp_avg`, `exp_avg_sq`
+    from the state; torch.optim.AdamW keeps `step` per parameter and cannot be resumed by it.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        capturable: bool = False,
+    ) -> None:
+        if not bias_correction or capturable:
+            raise ValueError("the CPU FusedAdam has bias correction on and no CUDA-graph capture")
+        self.adam_w_mode = adam_w_mode
+        defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"]))] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+_installed = False
+
+
+def install() -> None:
+    """Redirect `megatron.core` to the CPU for the rest of this process. Calling it again does nothing.
+
+    Raises:
+        UserError: another Megatron-Core than the one this was written against.
+    """
+    global _installed
+    if _installed:
+        return
+    import megatron.core
+
+    if megatron.core.__version__ != SUPPORTED_VERSION:
+        raise UserError(
+            f"megatron-core {megatron.core.__version__} is installed; the CPU runtime knows {SUPPORTED_VERSION} only"
+        )
+    for name in _MODULES:
+        importlib.import_module(name)
+    proxy = _torch_proxy()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and not name.startswith(_UNTOUCHED) and vars(module).get("torch") is torch:
+            module.torch = proxy
+    _redirect_random_states()
+    _redirect_optimizer()
+    _redirect_tensor_methods()
+    _mend_recompute_without_te()
+    _installed = True
+
+
+def _redirect_random_states() -> None:
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
+        """The tracker of named random states, over torch's CPU generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random state {name!r} or seed {seed} was added before")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise ValueError(f"random state {name!r} was never added")
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    mcore_random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _redirect_optimizer() -> None:
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    optimizer.Adam = distributed_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = True
+    distributed_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _redirect_tensor_methods() -> None:
+    tensor_type = torch.Tensor.type
+
+    def type_as_megatron_asks(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return tensor_type(self, dtype, **kwargs)
+        name = tensor_type(self)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
+
+    torch.Tensor.type = type_as_megatron_asks  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+
+
+def _mend_recompute_without_te() -> None:
+    """Upstream tests `fp8 is not None` on a bool, and so calls Transformer Engine where there is none."""
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    if mcore_random.HAVE_TE:
+        return
+    upstream_init = mcore_random.CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: bool = False) -> None:
+        upstream_init(self, fp8)
+        self.fp8 = bool(fp8)
+
+    mcore_random.CheckpointWithoutOutput.__init__ = init

@@ -1,0 +1,146 @@
+"""Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.train import OptimizerConfig
+
+# (model chunk, micro-batch) -> (the chunk's output, its loss function)
+ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
+
+
+def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutConfig) -> list[nn.Module]:
+    """Megatron's data parallelism around each chunk: fp32 gradient buffers, overlapped where it pays."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loop skips such a step; upstream's check would end the process
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    chunks: list[nn.Module], config: TransformerConfig, optimizer: OptimizerConfig, layout: LayoutConfig
+) -> MegatronOptimizer:
+    """AdamW over the chunks' trainable parameters; hooks Megatron's schedules up with it and with DDP."""
+    moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
+    built = get_megatron_optimizer(
+        McoreOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=optimizer.lr * optimizer.min_lr_ratio,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.betas[0],
+            adam_beta2=optimizer.betas[1],
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+            use_precision_aware_optimizer=moments is not torch.float32,
+            exp_avg_dtype=moments,
+            exp_avg_sq_dtype=moments,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = built.scale_loss
+    hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
+    no_sync, grad_sync, param_sync = zip(*hooks, strict=True)
+    config.no_sync_func = list(no_sync) if len(chunks) > 1 else no_sync[0]
+    if torch.cuda.is_available():
+        config.grad_sync_func = list(grad_sync) if len(chunks) > 1 else grad_sync[0]
+        if layout.distributed_optimizer:
+            config.param_sync_func = list(param_sync) if len(chunks) > 1 else param_sync[0]
+    return built
+
+
+def run_micro_batches(
+    forward_step: ForwardStep,
+    chunks: list[nn.Module],
+    micro_batches: list[Any],
+    *,
+    stream_length: int,
+    forward_only: bool = False,
+) -> list[dict]:
+    """Run the pipeline schedule over one step's micro-batches.
+
+    Gradients end up divided by the global sum of the counts that the loss functions return, whatever the micro-batch
+    size, the data-parallel size or the packing.
+
+    Returns:
+        the loss functions' metrics, one a micro-batch; empty on all but the last pipeline stage.
+    """
+    iterators = [iter(micro_batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=stream_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _data_parallel_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """What a checkpoint holds, as Megatron-Core's sharded tensors: any layout can read what any layout wrote."""
+    metadata = {"dp_cp_group": _data_parallel_group(), "distrib_optim_sharding_type": "fully_reshardable"}
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def save_sharded(state: dict[str, Any], directory: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
+    """Write a sharded state into an existing empty directory, each data-parallel rank its part."""
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
+    return dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=asynchronous)
+
+
+def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Fill a sharded state from a checkpoint, each data-parallel rank reading its part."""
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(directory)), _data_parallel_group()
+    )
+    return dist_checkpointing.load(state, str(directory), strategy)
+
+
+def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded: dict[str, Any]) -> None:
+    """Put a loaded state back into model and optimizer."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+    if optimizer is not None:
+        with torch.no_grad():  # upstream copies into fp32 parameters that require gradients
+            optimizer.load_state_dict(loaded["optimizer"])

@@ -1,0 +1,111 @@
+"""Starts the processes' common ground: device, process groups, Megatron-Core's parallel state, random seeds."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands. Groups are Megatron-Core's; `tp_group` is passed on, never looked up deep inside."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    layout: LayoutConfig
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    is_first_stage: bool
+    is_last_stage: bool
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes what is written once."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """Processes that an outer torchrun or srun started; 1 when there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runtime:
+    """Join the process group and lay out Megatron-Core's groups over it.
+
+    On a machine without CUDA, `megatron.core` is redirected to the CPU first and gloo carries the communication.
+
+    Args:
+        layout: parallel sizes; their product must be the world's size.
+        seed: for weights and dropout; tensor-parallel ranks derive their own from it.
+        timeout_s: after which a collective without an answer fails.
+
+    Raises:
+        UserError: the layout does not fit the number of processes, or needs what this machine lacks.
+    """
+    world_size = launched_world_size()
+    if world_size != layout.world_size:
+        raise UserError(f"layout needs {layout.world_size} processes, but {world_size} were started")
+    cuda = torch.cuda.is_available()
+    if layout.cp > 1 and not cuda:
+        raise UserError(f"layout.cp={layout.cp}: context parallelism needs the te backend on GPUs")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        from megatron_medllm.parallel import cpu
+
+        cpu.install()
+        device = torch.device("cpu")
+    _join(backend="nccl" if cuda else "gloo", world_size=world_size, timeout_s=timeout_s)
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    return Runtime(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        layout=layout,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=pp_rank,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        is_first_stage=pp_rank == 0,
+        is_last_stage=pp_rank == layout.pp - 1,
+    )
+
+
+def stop() -> None:
+    """Leave the process group, so that another runtime may start in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _join(*, backend: str, world_size: int, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
