@@ -1,0 +1,144 @@
+"""Questions from JSON-lines files: IgakuQA and YakugakuQA as published, and any file of the same schema."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.exams.question import Question, VoidQuestionError, question_from_row
+from megatron_medllm.storage import read_json, read_jsonl
+
+RULES_DIR = Path(__file__).parent / "rules"
+_YEAR = re.compile(r"(?:19|20)\d\d$")
+_METADATA = "_metadata.jsonl"
+_SHARED_STEM = re.compile(r"^次の文を読み、(?:(\d+)(?:、|〜|～)(\d+)|以下)の問いに答えよ")
+_NUMBERED_ID = re.compile(r"(\d{3}[A-F])(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """An exam's name, its questions in file order, its rules, and the ids left out because they have no answer."""
+
+    name: str
+    questions: tuple[Question, ...]
+    rules: dict[str, Any]
+    void_ids: tuple[str, ...] = ()
+
+
+def load_exam(
+    name: str, data: Sequence[Path], *, years: Sequence[str] = (), text_only: bool = False, limit: int | None = None
+) -> Exam:
+    """Read every question of `data` (files, or directories searched for `*.jsonl`), in a stable order.
+
+    Args:
+        name: `igakuqa` and `yakugakuqa` bring their exceptions and pass rules; any other name has none.
+        data: files or directories. `NAME_metadata.jsonl` beside `NAME.jsonl` adds category and prohibited choices.
+        years: keep these only; all when empty.
+        text_only: leave out the questions that need an image.
+        limit: keep the first so many after the filters.
+
+    Raises:
+        UserError: no file, an unknown schema, a question without gold, a repeated id; names file and line.
+    """
+    rules = load_rules(name)
+    questions: list[Question] = []
+    void_ids: list[str] = []
+    places: dict[str, str] = {}
+    for path in question_files(data):
+        found, void = _load_file(path, rules)
+        for question in found:
+            if question.problem_id in places:
+                raise UserError(f"{path}: problem_id {question.problem_id!r} is also in {places[question.problem_id]}")
+            places[question.problem_id] = str(path)
+        questions += found
+        void_ids += void
+    if years:
+        missing = set(years) - {question.year for question in questions}
+        if missing:
+            raise UserError(f"{_names(data)}: no questions of {', '.join(sorted(missing))}")
+        questions = [question for question in questions if question.year in set(years)]
+    if text_only:
+        questions = [question for question in questions if question.text_only]
+    return Exam(name, tuple(questions[:limit]), rules, tuple(void_ids))
+
+
+def load_rules(name: str) -> dict[str, Any]:
+    """The exam's exceptions, pass marks and published results; empty for an exam that is not shipped."""
+    path = RULES_DIR / f"{name}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def question_files(data: Sequence[Path]) -> list[Path]:
+    """The question files of `data`, sorted inside each directory; metadata and few-shot files are not questions.
+
+    Raises:
+        UserError: a path does not exist, or a directory holds no question file.
+    """
+    files: list[Path] = []
+    for place in data:
+        if place.is_file():
+            files.append(place)
+            continue
+        if not place.is_dir():
+            raise UserError(f"{place}: no such file or directory")
+        inside = sorted(p for p in place.rglob("*.jsonl") if not p.name.endswith(_METADATA) and "fewshot" not in p.name)
+        if not inside:
+            raise UserError(f"{place}: holds no question files (*.jsonl)")
+        files += inside
+    return files
+
+
+def load_shots(path: Path, rules: dict[str, Any] | None = None) -> tuple[Question, ...]:
+    """Worked examples for few-shot prompts: questions that may carry an `explanation`.
+
+    Raises:
+        UserError: as `load_exam`.
+    """
+    return tuple(_load_file(path, rules or {})[0])
+
+
+def _load_file(path: Path, rules: dict[str, Any]) -> tuple[list[Question], list[str]]:
+    metadata_path = path.with_name(path.stem + _METADATA)
+    metadata = {row.get("problem_id"): row for row in read_jsonl(metadata_path)} if metadata_path.is_file() else {}
+    year = next((part for part in (path.stem, path.parent.name) if _YEAR.match(part)), "")
+    questions, void = [], []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            questions.append(
+                question_from_row(row, year=year, metadata=metadata.get(row.get("problem_id"), {}), rules=rules)
+            )
+        except VoidQuestionError as error:
+            void.append(str(error))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+    return _with_groups(questions), void
+
+
+def _with_groups(questions: list[Question]) -> list[Question]:
+    """Give the questions on one case a common `group`.
+
+    Only the first of them carries the case. Older papers say which numbers follow (`40、41`, `51〜53`); newer ones say
+    `以下の問い`, and there the case runs to the next one, the last as far as the one before it.
+    """
+    starts: dict[str, list[tuple[int, int | None]]] = {}
+    for question in questions:
+        stem, numbered = _SHARED_STEM.match(question.problem_text), _NUMBERED_ID.match(question.problem_id)
+        if stem and numbered:
+            end = int(stem.group(2)) if stem.group(2) else None
+            starts.setdefault(numbered.group(1), []).append((int(numbered.group(2)), end))
+    group_of: dict[str, str] = {}
+    for section, cases in starts.items():
+        size = 2
+        for position, (first, end) in enumerate(cases):
+            if end is None:
+                following = cases[position + 1][0] if position + 1 < len(cases) else first + size
+                size = following - first
+                end = following - 1
+            group_of |= {f"{section}{number}": f"{section}{first}" for number in range(first, end + 1)}
+    return [replace(q, group=group_of.get(q.problem_id, q.group)) for q in questions]
+
+
+def _names(data: Sequence[Path]) -> str:
+    return ", ".join(str(path) for path in data)
