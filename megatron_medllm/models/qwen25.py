@@ -204,14 +204,23 @@ class Qwen25Model(GPTModel):
         return decoder_input, rotary_pos_emb, None, None, None, padding_mask
 
     def _postprocess(
-        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Any, *args: Any, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSequences | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Hidden states of an inner stage; `[2, t]` log-probs and log-sum-exps with labels; logits without."""
-        if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
-        return self._token_logprobs(hidden_states, labels)
+        if self.post_process and labels is not None and packed_seq_params is not None:
+            return self._token_logprobs(hidden_states, labels, packed_seq_params.uniform_grad)
+        return super()._postprocess(
+            hidden_states, input_ids, position_ids, labels, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
 
-    def _token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _token_logprobs(self, hidden: Tensor, labels: Tensor, uniform_grad: float | None) -> Tensor:
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
@@ -226,6 +235,7 @@ class Qwen25Model(GPTModel):
             tp_group=group if group.size() > 1 else None,
             vocab_start=group.rank() * weight.shape[0],
             valid_vocab=self.shape.vocab_size,
+            uniform_grad=uniform_grad,
         )
         return torch.stack((logprobs, lse))
 

@@ -44,6 +44,7 @@ class PackedSequences(PackedSeqParams):
 
     position_ids: Tensor | None = None  # [t]
     segments: tuple[Segment, ...] = ()
+    uniform_grad: float | None = None  # d loss / d log-prob of every counted token, where it is one known number
     _batches: list[tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
     _plan: "VarlenPlan | None" = field(default=None, repr=False)
 
