@@ -1,0 +1,192 @@
+"""Which Hugging Face (HF) tensors make up which Megatron-Core tensor, as a table.
+
+A Megatron tensor is a run of *pieces* of HF tensors along one axis, the one that tensor parallelism (TP) splits.
+Only two tensors are more than one whole HF tensor: `linear_qkv` holds, group after group, the query heads of a
+key/value group, its key head and its value head; `linear_fc1` holds gate and up, and TP splits each of these two
+blocks on its own. Every reader and writer of weights works from `local_pieces`, so they cannot disagree.
+
+Names are Transformer Engine's (a norm belongs to the linear behind it), as in Megatron-Core's distributed checkpoints;
+`TORCH_BACKEND_NAMES` maps the spelling of models built from separate norms.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_medllm.config.model import ModelShape
+
+LAYER_PREFIX = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Megatron tensor: the HF tensors in it, and the axis that TP splits (None: every rank holds all of it)."""
+
+    mcore: str
+    hf: tuple[str, ...]
+    axis: Literal[0, 1] | None
+    fuse: Literal["qkv", "gate_up"] | None = None
+    may_pad: bool = False  # the vocabulary for TP, the FFN for FP8's blocks: always with zeros
+
+    def at_layer(self, layer: int) -> "Weight":
+        """This row of the table for layer `layer` (from 0, over the whole model)."""
+        hf = tuple(name.format(layer=layer) for name in self.hf)
+        return replace(self, mcore=self.mcore.format(layer=layer), hf=hf)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries [start, stop) of HF tensor `hf` along the weight's axis; `hf` None: that many zeros."""
+
+    hf: str | None
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _layer(mcore: str, *hf: str, axis: Literal[0, 1] | None, fuse: Literal["qkv", "gate_up"] | None = None) -> Weight:
+    hf_names = tuple(f"model.layers.{{layer}}.{name}" for name in hf)
+    return Weight(
+        f"{LAYER_PREFIX}{{layer}}.{mcore}", hf_names, axis, fuse, may_pad="linear_fc" in mcore and axis is not None
+    )
+
+
+EMBEDDING = Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), axis=0, may_pad=True)
+OUTPUT = Weight("output_layer.weight", ("lm_head.weight",), axis=0, may_pad=True)
+FINAL_NORM = Weight("decoder.final_layernorm.weight", ("model.norm.weight",), axis=None)
+LAYER_WEIGHTS = (
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", axis=None),
+    _layer("self_attention.linear_qkv.weight", *(f"self_attn.{p}_proj.weight" for p in "qkv"), axis=0, fuse="qkv"),
+    _layer("self_attention.linear_qkv.bias", *(f"self_attn.{p}_proj.bias" for p in "qkv"), axis=0, fuse="qkv"),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", axis=1),
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", axis=None),
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", axis=0, fuse="gate_up"),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", axis=1),
+)
+TORCH_BACKEND_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_BY_LAYER_NAME = {weight.mcore.removeprefix(f"{LAYER_PREFIX}{{layer}}."): weight for weight in LAYER_WEIGHTS}
+_PARAMETER = re.compile(r"decoder\.layers\.(?P<local>\d+)\.(?P<rest>.+)")
+
+
+def model_weights(shape: ModelShape) -> Iterator[Weight]:
+    """Every tensor of the whole model once, in the order of the forward pass."""
+    yield EMBEDDING
+    for layer in range(shape.num_layers):
+        yield from (weight.at_layer(layer) for weight in LAYER_WEIGHTS)
+    yield FINAL_NORM
+    if not shape.tie_embeddings:
+        yield OUTPUT
+
+
+def weight_of_parameter(name: str, *, layer_numbers: list[int], shape: ModelShape) -> Weight | None:
+    """The table's row for parameter `name` of one model chunk, or None for a parameter that HF models lack.
+
+    Args:
+        name: as in `GPTModel.named_parameters()`, in either backend's spelling.
+        layer_numbers: for each entry of the chunk's `decoder.layers`, its place in the whole model, from 0.
+        shape: with tied embeddings the last pipeline stage's `output_layer` holds a copy of the embedding.
+    """
+    match = _PARAMETER.fullmatch(name)
+    if match:
+        rest = TORCH_BACKEND_NAMES.get(match["rest"], match["rest"])
+        row = _BY_LAYER_NAME.get(rest)
+        return row and row.at_layer(layer_numbers[int(match["local"])])
+    if name == OUTPUT.mcore and shape.tie_embeddings:
+        return replace(OUTPUT, hf=EMBEDDING.hf)
+    return {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}.get(name)
+
+
+def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """The shape of one HF tensor.
+
+    Raises:
+        KeyError: `name` is no tensor of a Qwen2 model.
+    """
+    hidden, ffn, kv = shape.hidden_size, shape.ffn_hidden_size, shape.num_query_groups * shape.kv_channels
+    by_suffix: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (shape.vocab_size, hidden),
+        "lm_head.weight": (shape.vocab_size, hidden),
+        "norm.weight": (hidden,),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "q_proj.weight": (hidden, hidden),
+        "q_proj.bias": (hidden,),
+        "k_proj.weight": (kv, hidden),
+        "k_proj.bias": (kv,),
+        "v_proj.weight": (kv, hidden),
+        "v_proj.bias": (kv,),
+        "o_proj.weight": (hidden, hidden),
+        "gate_proj.weight": (ffn, hidden),
+        "up_proj.weight": (ffn, hidden),
+        "down_proj.weight": (hidden, ffn),
+    }
+    return by_suffix[".".join(name.split(".")[-2:])]
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an HF directory of this model must hold, in writing order."""
+    return {name: hf_shape(name, shape) for weight in model_weights(shape) for name in weight.hf}
+
+
+def _qkv_block(weight: Weight, shape: ModelShape) -> list[Piece]:
+    """Per key/value group: its query heads, its key head, its value head."""
+    q, k, v = weight.hf
+    width = shape.kv_channels
+    q_width = width * (shape.num_attention_heads // shape.num_query_groups)
+    pieces = []
+    for group in range(shape.num_query_groups):
+        pieces.append(Piece(q, group * q_width, (group + 1) * q_width))
+        pieces.append(Piece(k, group * width, (group + 1) * width))
+        pieces.append(Piece(v, group * width, (group + 1) * width))
+    return pieces
+
+
+def _blocks(weight: Weight, shape: ModelShape) -> list[list[Piece]]:
+    """The unpadded weight along its axis, as the blocks that TP splits one by one."""
+    if weight.fuse == "qkv":
+        return [_qkv_block(weight, shape)]
+    axis = weight.axis or 0
+    return [[Piece(name, 0, hf_shape(name, shape)[axis])] for name in weight.hf]
+
+
+def local_pieces(weight: Weight, shape: ModelShape, *, local_size: int, tp_rank: int, tp_size: int) -> list[Piece]:
+    """What the slice of `weight` on one TP rank is made of, in order along its axis.
+
+    Args:
+        weight: a row of the table, at its layer.
+        shape: the model's shape, unpadded.
+        local_size: entries of the rank's tensor along the axis; what it holds beyond the model's own is padding.
+        tp_rank: this rank within its tensor-parallel group.
+        tp_size: size of that group.
+
+    Raises:
+        ValueError: the sizes do not fit the model (a bug of the caller, not of the user).
+    """
+    if weight.axis is None:
+        tp_rank, tp_size = 0, 1
+    blocks = _blocks(weight, shape)
+    block_size, rest = divmod(local_size, len(blocks))
+    pieces = []
+    for block in blocks:
+        padding = block_size * tp_size - sum(map(len, block))
+        if rest or padding < 0 or (padding and not weight.may_pad):
+            raise ValueError(f"{weight.mcore}: {local_size} entries on each of {tp_size} ranks do not fit the model")
+        pieces += _cut([*block, Piece(None, 0, padding)], tp_rank * block_size, (tp_rank + 1) * block_size)
+    return pieces
+
+
+def _cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """The part [start, stop) of a run of pieces."""
+    found, at = [], 0
+    for piece in pieces:
+        low, high = max(start, at), min(stop, at + len(piece))
+        if low < high:
+            found.append(Piece(piece.hf, piece.start + low - at, piece.start + high - at))
+        at += len(piece)
+    return found
