@@ -1,0 +1,207 @@
+"""Seconds of one optimizer step: each pass from its parts, the pipeline by simulation, then what is left exposed."""
+
+from dataclasses import dataclass
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.planner.flops import attention_flops_per_token
+from megatron_medllm.planner.hardware import Hardware
+from megatron_medllm.planner.memory import optimizer_bytes, trainable_buffers
+from megatron_medllm.planner.parameters import chunk_layers
+from megatron_medllm.planner.schedule import PipelineTrace, simulate
+from megatron_medllm.planner.workload import Workload
+
+# Fused attention's backward does 2.5 forwards of matrix products (recomputes QK^T; Dao 2023, arXiv 2307.08691).
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of one forward or backward of one layer (or the head) over one micro-batch, by part."""
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor_parallel: float = 0.0
+    context_parallel: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All parts: they run one after the other; overlap is already in each part."""
+        return self.gemm + self.attention + self.memory + self.tensor_parallel + self.context_parallel
+
+    def __add__(self, other: "PassTime") -> "PassTime":
+        return PassTime(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
+    def times(self, factor: float) -> "PassTime":
+        """Every part multiplied."""
+        return PassTime(*(getattr(self, f) * factor for f in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, where they go on the busiest stage, and the pipeline's trace."""
+
+    total_s: float
+    parts_s: dict[str, float]
+    trace: PipelineTrace
+
+
+def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTime]:
+    """Forward and backward of one transformer layer over one micro-batch on one rank."""
+    shape, layout = workload.shape, workload.layout
+    tokens, e = workload.local_tokens, workload.compute_bytes
+    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
+    parameters = (2 * hidden * (hidden + kv) + 3 * hidden * workload.ffn_hidden_size) / layout.tp
+    gemm = 2 * parameters * tokens / gemm_flops_rate(workload, hardware)
+    rate = hardware.peak_bf16_flops * hardware.efficiency_attention
+    length = workload.mean_attended_length / 2
+    attention = attention_flops_per_token(shape, length) * tokens / layout.tp / rate
+    traffic = tokens * elementwise_bytes_per_token(workload)
+    if workload.mode == "qlora":  # every use reads 4 bits, writes bf16, and the product reads it again
+        traffic += parameters * (0.5 + 2 * e)
+    memory = traffic / (hardware.memory_bandwidth * hardware.efficiency_memory)
+    tensor_parallel = tensor_parallel_time(workload, hardware)
+    # Ring attention passes K and V on; the exchange overlaps the attention of the block before it.
+    ring = 2 * tokens * kv * e / layout.tp * (layout.cp - 1) / link_bandwidth(hardware, layout.tp * layout.cp)
+    context_parallel = max(0.0, ring - attention) if layout.cp > 1 else 0.0
+    forward = PassTime(gemm, attention, memory, tensor_parallel, context_parallel)
+    products = 1.0 if workload.frozen_base else 2.0
+    backward = PassTime(
+        products * gemm, ATTENTION_BACKWARD * attention, 2 * memory, tensor_parallel, 2 * context_parallel
+    )
+    if layout.recompute == "full":
+        backward = backward + forward
+    elif layout.recompute == "selective":
+        backward = backward + PassTime(attention=attention)
+    return forward, backward
+
+
+def gemm_flops_rate(workload: Workload, hardware: Hardware) -> float:
+    """FLOP/s that the layers' matrix products reach."""
+    if workload.precision == "fp8" or workload.mode == "fp8-lora":
+        if hardware.peak_fp8_flops is None:
+            raise UserError(f"{hardware.name} has no FP8 units; use precision bf16, or mode lora or qlora")
+        return hardware.peak_fp8_flops * hardware.efficiency_gemm_fp8
+    return hardware.peak_bf16_flops * hardware.efficiency_gemm_bf16
+
+
+def elementwise_bytes_per_token(workload: Workload) -> float:
+    """HBM traffic of a layer's norms, residuals, RoPE and SwiGLU in the forward pass, per token on one rank.
+
+    Two norms and two residual additions move 2 and 3 hidden vectors each; RoPE reads and writes q and k; SwiGLU reads
+    two FFN vectors and writes one (two more unfused). FP8 adds reading bf16 and writing one byte for each GEMM input.
+    """
+    shape, layout, e = workload.shape, workload.layout, workload.compute_bytes
+    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
+    outside = layout.tp if layout.sp else 1
+    swiglu = 3 if workload.backend == "te" else 5
+    moved = 10 * hidden * e / outside + (2 * (hidden + kv) + swiglu * workload.ffn_hidden_size) * e / layout.tp
+    if workload.precision == "fp8" or workload.mode == "fp8-lora":
+        inputs = 2 * hidden / outside + (hidden + workload.ffn_hidden_size) / layout.tp
+        moved += inputs * (e + 1)
+    return moved
+
+
+def link_bandwidth(hardware: Hardware, group_size: int) -> float:
+    """Bytes/s of a collective over `group_size` neighbouring GPUs: the slowest link it crosses."""
+    inside = group_size <= hardware.gpus_per_node
+    return (hardware.intra_node_bandwidth if inside else hardware.inter_node_bandwidth) * hardware.efficiency_link
+
+
+def tensor_parallel_time(workload: Workload, hardware: Hardware) -> float:
+    """Exposed seconds of a layer's two all-gather and reduce-scatter pairs (or all-reduces: the same bytes)."""
+    tp = workload.layout.tp
+    if tp == 1:
+        return 0.0
+    tensor = workload.local_tokens * workload.shape.hidden_size * workload.compute_bytes
+    one_way = tensor * (tp - 1) / tp / link_bandwidth(hardware, tp)
+    overlap = hardware.overlap_tensor_parallel if workload.layout.sp else 0.0
+    return 4 * (one_way * (1 - overlap) + hardware.collective_latency_s)
+
+
+def head_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTime]:
+    """Forward and backward of the output layer over one micro-batch: bf16 always; logits are made again in backward."""
+    tp = workload.layout.tp
+    flops = 2 * workload.shape.hidden_size * workload.shape.vocab_size / tp * workload.local_tokens
+    gemm = flops / (hardware.peak_bf16_flops * hardware.efficiency_gemm_bf16)
+    return PassTime(gemm=gemm), PassTime(gemm=gemm * (2.0 if workload.frozen_base else 3.0))
+
+
+def step_time(workload: Workload, hardware: Hardware) -> StepTime:
+    """Time one optimizer step.
+
+    Raises:
+        UserError: FP8 was asked for on hardware without it.
+    """
+    layout, shape = workload.layout, workload.shape
+    layers = chunk_layers(layout, shape.num_layers)
+    forward, backward = layer_time(workload, hardware)
+    head = head_time(workload, hardware)
+
+    def one_pass(is_forward: bool, stage: int, chunk: int) -> PassTime:
+        time = (forward if is_forward else backward).times(layers[stage][chunk])
+        last = stage == layout.pp - 1 and chunk == layout.vpp - 1
+        return time + head[0 if is_forward else 1] if last else time
+
+    table = {(f, s, v): one_pass(f, s, v) for f in (True, False) for s in range(layout.pp) for v in range(layout.vpp)}
+    trace = simulate(
+        pp=layout.pp,
+        vpp=layout.vpp,
+        num_microbatches=workload.num_microbatches,
+        pass_time_s=lambda f, s, v: table[f, s, v].total,
+        transfer_time_s=pipeline_transfer_time(workload, hardware),
+    )
+    busiest = max(range(layout.pp), key=lambda s: trace.busy_time_s[s])
+    work = sum((table[f, busiest, v] for f in (True, False) for v in range(layout.vpp)), PassTime())
+    work = work.times(workload.num_microbatches)
+    data_parallel = data_parallel_time(workload, hardware, backward_s=trace.step_time_s / workload.num_microbatches)
+    parts = {
+        "matrix products": work.gemm,
+        "attention": work.attention,
+        "memory-bound kernels": work.memory,
+        "tensor-parallel communication": work.tensor_parallel,
+        "context-parallel communication": work.context_parallel,
+        "pipeline bubble and transfers": trace.step_time_s - trace.busy_time_s[busiest],
+        "data-parallel communication": data_parallel,
+        "optimizer": optimizer_time(workload, hardware),
+    }
+    return StepTime(sum(parts.values()), parts, trace)
+
+
+def pipeline_transfer_time(workload: Workload, hardware: Hardware) -> float:
+    """Seconds for one micro-batch's activations to reach the next stage."""
+    layout = workload.layout
+    if layout.pp == 1:
+        return 0.0
+    tensor = workload.local_tokens * workload.shape.hidden_size * workload.compute_bytes
+    tensor //= layout.tp if layout.sp else 1
+    return tensor / link_bandwidth(hardware, layout.tp * layout.cp * layout.pp) + hardware.collective_latency_s
+
+
+def data_parallel_time(workload: Workload, hardware: Hardware, *, backward_s: float) -> float:
+    """Exposed seconds of the gradients' reduce-scatter (fp32) and the parameters' all-gather.
+
+    A ring moves (d - 1) / d of the buffer over the slowest link. What overlaps the last backward pass
+    (`backward_s`, seconds) is hidden up to the hardware's overlap share.
+    """
+    layout = workload.layout
+    ranks = layout.data_parallel_size * layout.cp
+    if ranks == 1:
+        return 0.0
+    numel = max(sum(b.numel for b in trainable_buffers(workload, stage=s)) for s in {0, layout.pp - 1})
+    bandwidth = link_bandwidth(hardware, ranks * layout.tp)
+    seconds = numel * (4 + workload.compute_bytes) * (ranks - 1) / ranks / bandwidth
+    if not workload.overlap_grad_reduce:
+        return seconds
+    return seconds - min(seconds, backward_s) * hardware.overlap_data_parallel
+
+
+def optimizer_time(workload: Workload, hardware: Hardware) -> float:
+    """Seconds of Adam: every state byte and gradient is read, and every state byte written, once."""
+    sizes = max(
+        (optimizer_bytes(workload, stage=s, dp_rank=0) for s in {0, workload.layout.pp - 1}),
+        key=lambda parts: parts["optimizer moments"],
+    )
+    state = sizes["main weights"] + sizes["optimizer moments"]
+    gradients = sizes["optimizer moments"] // 2
+    return (2 * state + 2 * gradients) / (hardware.memory_bandwidth * hardware.efficiency_memory)
