@@ -86,7 +86,8 @@ def _read_labels(segment: str, question: Question) -> ParsedAnswer:
         label: choice.translate(_FULL_WIDTH).lower().strip()
         for label, choice in zip(question.labels, question.choices, strict=False)
     }
-    position, labels = _OPENING.match(line).end(), []  # type: ignore[union-attr]
+    position = _OPENING.match(line).end()  # type: ignore[union-attr]
+    labels: list[str] = []
     while found := run.match(line, position):
         word = found.group()
         if len(word) > 1 and (labels or not _is_label_run(word, question.labels)):

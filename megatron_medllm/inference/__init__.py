@@ -1,0 +1,1 @@
+"""Text from a model: one protocol, three engines (transformers, vLLM in its own environment, an HTTP endpoint)."""

@@ -1,0 +1,100 @@
+"""`medllm eval`: one model, one exam, both modes."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.config.exam import EvalConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.outcome import Outcome, judge, mode_summary, sample_summary, stability_gap
+from megatron_medllm.exams.loading import Exam, load_exam
+from megatron_medllm.inference.answer_log import Answers, answer_requests
+from megatron_medllm.inference.exam_requests import ExamPrompter
+from megatron_medllm.storage import write_json, write_jsonl
+
+ANSWER_LOG = "answers.jsonl"
+
+
+def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str, Any]:
+    """Examine the model in `model_dir`; write results.jsonl, summary.json and the reports to `output_dir`.
+
+    Killed and started again it goes on where it stopped: finished answers lie in `output_dir`/answers.jsonl.
+
+    Returns:
+        The contents of summary.json.
+
+    Raises:
+        UserError: bad questions, a model directory that cannot be used, an engine that failed.
+    """
+    exam, whole_exam = load_configured_exam(config)
+    outcomes, answers = _examine(config, exam, model_dir, output_dir)
+    summary = {
+        "exam": exam.name,
+        "model": str(model_dir),
+        "questions": len(exam.questions),
+        "void_questions": list(exam.void_ids),
+        "provenance": answers.provenance,
+        **summarize_outcomes(config, exam, outcomes, whole_exam=whole_exam),
+        "timing": {**answers.timing, "tokens_per_s": answers.timing["new_tokens"] / (answers.timing["seconds"] or 1.0)},
+        "config": config.model_dump(mode="json"),
+    }
+    write_jsonl(output_dir / "results.jsonl", [outcome.to_row() for outcome in outcomes])
+    write_json(output_dir / "summary.json", summary)
+    return summary
+
+
+def load_configured_exam(config: EvalConfig) -> tuple[Exam, Exam]:
+    """The questions to ask, and the whole exam that they come from (to know whether a year is complete).
+
+    Raises:
+        UserError: no question is left after the filters.
+    """
+    section = config.exam
+    whole = load_exam(section.name, section.data)
+    exam = load_exam(section.name, section.data, years=section.years, text_only=section.text_only, limit=section.limit)
+    if not exam.questions:
+        raise UserError(f"exam {section.name!r}: no question is left after years, text_only and limit")
+    return exam, whole
+
+
+def _examine(config: EvalConfig, exam: Exam, model_dir: Path, output_dir: Path) -> tuple[list[Outcome], Answers]:
+    prompter = ExamPrompter(config.prompt, config.exam.data)
+    asked = [
+        (question, mode, sample, prompter.request(question, mode, config.decoding, sample=sample))
+        for mode in config.modes
+        for question in exam.questions
+        for sample in range(config.samples)
+    ]
+    answers = answer_requests(
+        config.engine,
+        model_dir,
+        [request for *_, request in asked],
+        log=output_dir / ANSWER_LOG,
+        title=f"{exam.name} on {model_dir.name}",
+    )
+    outcomes = [
+        judge(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
+        for question, mode, sample, request in asked
+    ]
+    return outcomes, answers
+
+
+def summarize_outcomes(config: EvalConfig, exam: Exam, outcomes: list[Outcome], *, whole_exam: Exam) -> dict[str, Any]:
+    """Scores per mode and, when both modes were run, the stability gap. Headline numbers are of the first sample."""
+    modes: dict[str, Any] = {}
+    first: dict[str, list[Outcome]] = {}
+    for mode in config.modes:
+        of_mode = [outcome for outcome in outcomes if outcome.mode == mode]
+        first[mode] = [outcome for outcome in of_mode if outcome.sample == 0]
+        modes[mode] = mode_summary(exam, first[mode], whole_exam=whole_exam, confidence=config.confidence)
+        if config.samples > 1:
+            modes[mode]["samples"] = sample_summary(of_mode, parser=config.parser)
+    summary: dict[str, Any] = {"modes": modes}
+    if {"answer_only", "explained"} <= set(config.modes):
+        summary["gap"] = stability_gap(
+            first["answer_only"],
+            first["explained"],
+            resamples=config.resamples,
+            confidence=config.confidence,
+            seed=config.decoding.seed,
+        )
+    return summary

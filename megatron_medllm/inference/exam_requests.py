@@ -1,0 +1,72 @@
+"""Requests for exam questions: the same prompt whether a question is examined or sampled for training pairs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_medllm.config.exam import DecodingConfig, PromptConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.exams.loading import load_shots
+from megatron_medllm.exams.prompts import Mode, PromptSet, load_prompt_set, render_messages, render_text
+from megatron_medllm.exams.question import Question
+from megatron_medllm.inference.protocol import Request, request_seed
+
+SHOT_FILE = "fewshot_prompt.jsonl"
+
+
+class ExamPrompter:
+    """Turns questions into requests under one prompt configuration."""
+
+    def __init__(self, config: PromptConfig, data: Sequence[Path]) -> None:
+        """`data`: the exam's places, searched for the default few-shot file.
+
+        Raises:
+            UserError: no such prompt set, or not enough worked examples.
+        """
+        self._config = config
+        self.prompts: PromptSet = load_prompt_set(config.template)
+        self.shots: tuple[Question, ...] = ()
+        if config.shots:
+            path = config.shot_file or _find_shot_file(data)
+            shots = load_shots(path)
+            if len(shots) < config.shots:
+                raise UserError(f"{path}: holds {len(shots)} worked examples, prompt.shots asks for {config.shots}")
+            self.shots = shots[: config.shots]
+
+    def request(
+        self,
+        question: Question,
+        mode: Mode,
+        decoding: DecodingConfig,
+        *,
+        sample: int = 0,
+        temperature: float | None = None,
+    ) -> Request:
+        """The request for one answer; `sample` numbers repeated answers, each with its own seed."""
+        temperature = decoding.temperature if temperature is None else temperature
+        request_id = f"{question.problem_id}/{mode}/{temperature:g}/{sample}"
+        options = {
+            "shots": self.shots,
+            "explain_shots": self._config.explain_shots,
+            "reveal_count": self._config.reveal_count,
+        }
+        chat = self._config.chat
+        return Request(
+            request_id=request_id,
+            prompt="" if chat else render_text(self.prompts, question, mode, **options),
+            messages=tuple(render_messages(self.prompts, question, mode, **options)) if chat else (),
+            max_new_tokens=getattr(decoding.max_new_tokens, mode),
+            temperature=temperature,
+            top_p=decoding.top_p,
+            seed=request_seed(decoding.seed, request_id),
+            stop=decoding.stop,
+        )
+
+
+def _find_shot_file(data: Sequence[Path]) -> Path:
+    for place in data:
+        for directory in (place, *place.parents[:1]):
+            if (directory / SHOT_FILE).is_file():
+                return directory / SHOT_FILE
+    raise UserError(
+        f"prompt.shots needs worked examples: set prompt.shot_file, or put {SHOT_FILE} beside the questions"
+    )

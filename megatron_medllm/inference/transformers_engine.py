@@ -1,0 +1,234 @@
+"""The default engine: transformers, in this process, on a CPU or one GPU.
+
+Requests are sorted by length and decoded in left-padded batches with a KV cache. A prompt that is asked several times
+(samples) is read once; rows that have finished leave the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from megatron_medllm.config.exam import EngineConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.inference.model_files import check_model_dir
+from megatron_medllm.inference.protocol import Completion, FinishReason, Request, cut_at_stop
+
+_STOP_CHECK_STEPS = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+
+
+class TransformersEngine:
+    """A causal language model and its tokenizer, loaded from an HF directory."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path) -> None:
+        check_model_dir(model_dir)
+        transformers.utils.logging.disable_progress_bar()
+        self._config = config
+        device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype]).to(device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
+        self._device = torch.device(device)
+        self._eos = self._eos_ids()
+        self._context = getattr(self._model.config, "max_position_embeddings", None)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {
+            "engine": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": self._device.type,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        encoded = [(request, self._encode(request)) for request in requests]
+        for request, ids in encoded:
+            self._check_length(request, len(ids))
+        # Samples of one prompt stay together, so that their prompt is read once.
+        encoded.sort(key=lambda item: (item[0].max_new_tokens, len(item[1]), item[1]))
+        for batch in self._batches(encoded):
+            try:
+                yield from self._decode(batch)
+            except torch.cuda.OutOfMemoryError:
+                raise UserError(
+                    f"the GPU is out of memory with {len(batch)} sequences; lower engine.batch_tokens or engine.batch_size"
+                ) from None
+
+    def _encode(self, request: Request) -> list[int]:
+        if not request.messages:
+            return self.tokenizer(request.prompt)["input_ids"]
+        if not self.tokenizer.chat_template:
+            raise UserError("prompt.chat is set, but the model's tokenizer has no chat template; set prompt.chat=false")
+        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _check_length(self, request: Request, length: int) -> None:
+        if length == 0:
+            raise UserError(f"{request.request_id}: the prompt is empty")
+        if self._context and length + request.max_new_tokens > self._context:
+            raise UserError(
+                f"{request.request_id}: {length} prompt tokens + {request.max_new_tokens} new ones exceed the model's "
+                f"context of {self._context}; lower decoding.max_new_tokens or prompt.shots"
+            )
+
+    def _eos_ids(self) -> list[int]:
+        found: set[int] = set()
+        for value in (
+            self._model.generation_config.eos_token_id,
+            self._model.config.eos_token_id,
+            self.tokenizer.eos_token_id,
+        ):
+            found |= set(value) if isinstance(value, list | tuple) else ({value} if value is not None else set())
+        return sorted(found)
+
+    def _batches(self, encoded: list[tuple[Request, list[int]]]) -> Iterator[list[tuple[Request, list[int]]]]:
+        batch: list[tuple[Request, list[int]]] = []
+        for request, ids in encoded:
+            footprint = (len(batch) + 1) * (len(ids) + request.max_new_tokens)
+            same_length = not batch or batch[0][0].max_new_tokens == request.max_new_tokens
+            if batch and (
+                len(batch) == self._config.batch_size or footprint > self._config.batch_tokens or not same_length
+            ):
+                yield batch
+                batch = []
+            batch.append((request, ids))
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _prefill(self, batch: list[tuple[Request, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """Read each distinct prompt once.
+
+        Returns next-token logits [rows, vocab], attention mask [rows, longest prompt], and the cache, a row a request.
+        """
+        owners = {tuple(ids): None for _, ids in batch}
+        prompts = list(owners)
+        row_of = {ids: row for row, ids in enumerate(prompts)}
+        width = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, ids in enumerate(prompts):
+            tokens[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
+        cache = DynamicCache(config=self._model.config)
+        logits = self._forward(tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        if len(prompts) == len(batch):
+            return logits, mask, cache
+        rows = torch.tensor([row_of[tuple(ids)] for _, ids in batch], device=self._device)
+        cache.batch_select_indices(rows)
+        return logits[rows], mask[rows], cache
+
+    def _forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Logits of the last position, float32 [rows, vocab]."""
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    @torch.inference_mode()
+    def _decode(self, batch: list[tuple[Request, list[int]]]) -> Iterator[Completion]:
+        steps = batch[0][0].max_new_tokens
+        logits, mask, cache = self._prefill(batch)
+        mask = torch.cat([mask, mask.new_ones(len(batch), steps)], dim=1)
+        width = mask.shape[1] - steps
+        eos = torch.tensor(self._eos, device=self._device)
+        draws = _uniform_draws([request for request, _ in batch], steps)
+        written: list[list[int]] = [[] for _ in batch]
+        rows = list(range(len(batch)))  # batch indices still decoding, in the order of the cache
+        for step in range(steps):
+            tokens = _choose(logits, [batch[row][0] for row in rows], draws[rows, step])
+            ended = torch.isin(tokens, eos).tolist()
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                written[row].append(token)
+            keep = []
+            for index, row in enumerate(rows):
+                done = self._finished(batch[row], written[row], ended=ended[index], last=step == steps - 1)
+                if done is None:
+                    keep.append(index)
+                else:
+                    yield done
+            if not keep:
+                return
+            if len(keep) < len(rows):
+                rows = [rows[index] for index in keep]
+                selected = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(selected)
+                tokens, mask = tokens[selected], mask[selected]
+            seen = mask[:, : width + step + 1]
+            logits = self._forward(tokens[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
+
+    def _finished(
+        self, item: tuple[Request, list[int]], tokens: list[int], *, ended: bool, last: bool
+    ) -> Completion | None:
+        """The completion if the row is done, else None. Stop texts are looked for every few tokens only."""
+        request, prompt = item
+        stop_due = bool(request.stop) and len(tokens) % _STOP_CHECK_STEPS == 0
+        if not (ended or last or stop_due):
+            return None
+        text, stopped = cut_at_stop(
+            self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), request.stop
+        )
+        if not (ended or last or stopped):
+            return None
+        reason: FinishReason = "stop" if stopped else "eos" if ended else "length"
+        return Completion(request.request_id, text, reason, len(prompt), len(tokens))
+
+
+def _uniform_draws(requests: list[Request], steps: int) -> np.ndarray:
+    """One uniform number a row and step, from the row's own seed: float64 [rows, steps]."""
+    if all(request.temperature == 0 for request in requests):
+        return np.zeros((len(requests), steps))
+    return np.stack([np.random.Generator(np.random.Philox(key=r.seed % 2**64)).random(steps) for r in requests])
+
+
+def _choose(logits: torch.Tensor, requests: list[Request], draws: np.ndarray) -> torch.Tensor:
+    """Next token of each row, int64 [rows]: the likeliest, or by inverse transform sampling from `draws`."""
+    greedy = logits.argmax(-1)
+    temperatures = [request.temperature for request in requests]
+    if not any(temperatures):
+        return greedy
+    scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
+    probabilities = (logits / scale[:, None]).softmax(-1)
+    if any(request.top_p < 1 for request in requests):
+        top_p = torch.tensor([request.top_p for request in requests], device=logits.device)
+        probabilities = _nucleus(probabilities, top_p)
+    cumulative = probabilities.double().cumsum(-1)
+    target = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
+    sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    sharp = torch.tensor([t == 0 for t in temperatures], device=logits.device)
+    return torch.where(sharp, greedy, sampled)
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero all but the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p[:, None], 0.0)
+    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
