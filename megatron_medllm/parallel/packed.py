@@ -33,6 +33,11 @@ class Segment:
         """Keys that the segment's last token sees."""
         return self.prefix_length + self.end - self.start
 
+    def shifted(self, offset: int) -> "Segment":
+        """The same segment in a stream that begins `offset` tokens earlier."""
+        moved = (self.prefix_start + offset, self.prefix_end + offset) if self.prefix_length else (0, 0)
+        return Segment(self.start + offset, self.end + offset, *moved)
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):

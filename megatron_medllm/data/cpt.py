@@ -1,0 +1,213 @@
+"""Packed rows for continued pretraining, on Megatron-Core's GPTDataset and its blends.
+
+Megatron-Core decides which tokens make up row i: documents are shuffled per epoch, laid end to end and cut into rows;
+a document longer than the row goes on in the next one. Here a row also learns where its documents begin, so that
+attention and positions restart there, and which documents it used, so that a ledger can be kept.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_medllm.config.train import CptConfig, DataSource
+from megatron_medllm.data.microbatch import IGNORED, MicroBatch
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.packed import Segment
+from megatron_medllm.storage import read_json
+
+
+@dataclass(frozen=True)
+class DocumentSpan:
+    """Tokens [offset, offset + length) of one document of one source, as they stand in a row."""
+
+    source: int
+    document: int
+    offset: int
+    length: int
+
+
+class _TokenizerFacts:
+    """The three facts that Megatron-Core's dataset configuration asks of a tokenizer."""
+
+    def __init__(self, *, eod: int, vocab_size: int) -> None:
+        self.eod = eod
+        self.vocab_size = vocab_size
+        self.unique_identifiers = {"class": "megatron_medllm", "eod": eod, "vocab_size": vocab_size}
+
+
+@dataclass
+class PackedDocumentsConfig(GPTDatasetConfig):
+    """Megatron-Core's configuration, and token-id sequences after which a document's loss begins."""
+
+    loss_after: tuple[tuple[int, ...], ...] = ()
+
+
+class PackedDocuments(GPTDataset):
+    """Rows of `sequence_length` tokens with their documents' bounds."""
+
+    def spans(self, index: int) -> list[DocumentSpan]:
+        """The document parts that make up row `index`, its one extra token (the last label) included."""
+        row = self.shuffle_index[index]
+        (first, first_offset), (last, last_offset) = self.sample_index[row], self.sample_index[row + 1]
+        parts = []
+        for position in range(first, last + 1):
+            document = int(self.document_index[position])
+            offset = int(first_offset) if position == first else 0
+            size = int(self.dataset.sequence_lengths[document])
+            end = int(last_offset) + 1 if position == last else size
+            parts.append(DocumentSpan(0, document, offset, end - offset))
+        return [part for part in parts if part.length > 0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        spans = self.spans(index)
+        length = self.config.sequence_length
+        text = np.zeros(length + 1, dtype=np.int64)
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        position_ids = np.zeros(length, dtype=np.int64)
+        segments = []
+        start = 0
+        for span in spans:
+            end = min(start + span.length, length + 1)
+            text[start:end] = self.dataset.get(span.document, offset=span.offset, length=end - start)
+            inside = min(end, length)
+            if inside > start:
+                labels[start : end - 1] = text[start + 1 : end]
+                labels[start : start + self._unlearned(span)] = IGNORED
+                position_ids[start:inside] = np.arange(inside - start)
+                segments.append(Segment(start, inside))
+            start = end
+        if start < length:
+            segments.append(Segment(start, length))  # padding, with nothing to learn
+        return {"row": MicroBatch(text[:length], labels, position_ids, tuple(segments))}
+
+    def _unlearned(self, span: DocumentSpan) -> int:
+        """How many of the span's first labels are left out: those up to the end of the first `loss_after` marker.
+
+        A part whose marker lies in an earlier row is left out whole: without its prompt it teaches nothing.
+        """
+        if not self.config.loss_after:
+            return 0
+        document = self.dataset.get(span.document)
+        ends = [end for marker in self.config.loss_after if (end := _find_end(document, marker)) is not None]
+        if not ends:
+            return 0
+        return span.length if span.offset > 0 else min(ends) - 1
+
+
+def _find_end(document: np.ndarray, marker: tuple[int, ...]) -> int | None:
+    """Index behind the first occurrence of `marker` in `document`."""
+    for start in np.flatnonzero(document == marker[0]):
+        end = start + len(marker)
+        if tuple(document[start:end].tolist()) == marker:
+            return int(end)
+    return None
+
+
+class CptRows:
+    """Row i of the training or validation blend, for all i in [0, len)."""
+
+    def __init__(self, dataset: BlendedDataset | PackedDocuments) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self._dataset[index]["row"]
+
+    def spans(self, index: int) -> list[DocumentSpan]:
+        """Which documents row `index` uses."""
+        if isinstance(self._dataset, PackedDocuments):
+            return self._dataset.spans(index)
+        source = int(self._dataset.dataset_index[index])
+        spans = self._dataset.datasets[source].spans(int(self._dataset.dataset_sample_index[index]))
+        return [DocumentSpan(source, span.document, span.offset, span.length) for span in spans]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Indexed datasets with their weights, and what their manifests say of the tokenizer."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...]
+    tokens: tuple[int, ...]
+    eod_id: int
+    vocab_size: int
+    tokenizer_digest: str
+
+
+def resolve_blend(sources: tuple[DataSource, ...]) -> Blend:
+    """Find the `.bin/.idx` pairs behind the configured folders, and check that one tokenizer made them all.
+
+    Raises:
+        UserError: a manifest or an index is missing or cut, or two sources were built with different tokenizers.
+    """
+    prefixes, weights, tokens, facts = [], [], [], {}
+    for source in sources:
+        manifest_path = source.prefix / "manifest.json"
+        manifest = read_json(manifest_path)
+        tokenizer = manifest["tokenizer"]
+        facts[str(manifest_path)] = (tokenizer["sha256"], manifest["eod_id"], tokenizer["vocab_size"])
+        for name, entry in manifest["sources"].items():
+            prefix = source.prefix / name
+            _check_files(prefix)
+            if entry["tokens"] == 0:
+                continue
+            prefixes.append(str(prefix))
+            weights.append(source.weight * entry["blend_weight"])
+            tokens.append(entry["tokens"])
+    if len(set(facts.values())) > 1:
+        raise UserError(f"data sources were built with different tokenizers: {', '.join(facts)}")
+    if not prefixes:
+        raise UserError(f"no tokens in the data sources: {', '.join(facts)}")
+    digest, eod_id, vocab_size = next(iter(facts.values()))
+    return Blend(tuple(prefixes), tuple(weights), tuple(tokens), eod_id, vocab_size, digest)
+
+
+def _check_files(prefix: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        path = prefix.with_name(prefix.name + suffix)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+
+
+def build_rows(
+    config: CptConfig,
+    blend: Blend,
+    *,
+    seed: int,
+    train_rows: int,
+    validation_rows: int,
+    loss_after: tuple[tuple[int, ...], ...],
+    cache_dir: Path,
+) -> tuple[CptRows, CptRows | None]:
+    """Build training and validation rows through Megatron-Core's blended builder.
+
+    Rows depend on the seed, the blend and their number only, never on the layout: step k reads the same rows anywhere.
+    Collective: every rank calls it.
+    """
+    dataset_config = PackedDocumentsConfig(
+        random_seed=seed,
+        sequence_length=config.sequence_length,
+        blend=(list(blend.prefixes), list(blend.weights) if len(blend.prefixes) > 1 else None),
+        split=config.split,
+        path_to_cache=str(cache_dir),
+        tokenizer=_TokenizerFacts(eod=blend.eod_id, vocab_size=blend.vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        loss_after=loss_after,
+    )
+    sizes = [train_rows, validation_rows, 0]
+    built = BlendedMegatronDatasetBuilder(PackedDocuments, sizes, lambda: True, dataset_config).build()
+    train, validation = built[Split.train.value], built[Split.valid.value]
+    if train is None:
+        raise UserError(f"data.split={config.split!r} leaves nothing to train on")
+    return CptRows(train), CptRows(validation) if validation is not None and validation_rows else None

@@ -1,0 +1,59 @@
+"""What a step object hands to the model: one packed stream of tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_medllm.parallel.packed import PackedSequences, Segment
+
+IGNORED = -100  # label of a token that costs no head work and takes no gradient
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed stream of t tokens, as numpy arrays on the host."""
+
+    tokens: np.ndarray  # [t] int64
+    labels: np.ndarray  # [t] int64; IGNORED where nothing is predicted
+    position_ids: np.ndarray  # [t] int64
+    segments: tuple[Segment, ...]
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens that are predicted."""
+        return int((self.labels != IGNORED).sum())
+
+    def model_inputs(self, device: torch.device, *, backend: str, uniform_grad: float | None = None) -> dict:
+        """Keyword arguments for the model's forward: ids and labels [1, t], and the packing."""
+        position_ids = torch.from_numpy(self.position_ids).to(device)
+        packed = PackedSequences.from_segments(self.segments, position_ids, backend=backend)
+        packed.uniform_grad = uniform_grad
+        return {
+            "input_ids": torch.from_numpy(self.tokens)[None].to(device),
+            "position_ids": position_ids[None],
+            "attention_mask": None,
+            "labels": torch.from_numpy(self.labels)[None].to(device),
+            "packed_seq_params": packed,
+        }
+
+
+def concatenate(parts: list[MicroBatch]) -> MicroBatch:
+    """Put several streams behind one another."""
+    shifted: list[Segment] = []
+    offset = 0
+    for part in parts:
+        shifted += [segment.shifted(offset) for segment in part.segments]
+        offset += len(part.tokens)
+    return MicroBatch(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        position_ids=np.concatenate([part.position_ids for part in parts]),
+        segments=tuple(shifted),
+    )
+
+
+def to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    """A numpy array on the device."""
+    return torch.from_numpy(values).to(device)
