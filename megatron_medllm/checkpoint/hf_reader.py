@@ -4,16 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shapes, local_pieces, weight_of_parameter
 from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, read_header, read_slice
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
+from megatron_medllm.models.qwen25 import global_parameters, unwrap
 from megatron_medllm.storage import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -140,23 +139,13 @@ def _shards(hf_dir: Path) -> dict[Path, set[str]]:
     raise UserError(f"{hf_dir}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (only safetensors are read)")
 
 
-def bare_model(chunk: nn.Module) -> Any:
-    """The GPTModel inside Megatron's wrappers (data parallelism, half precision)."""
-    model: Any = chunk
-    while not isinstance(model, GPTModel):
-        model = model.module
-    return model
-
-
 def chunk_weights(chunk: nn.Module, shape: ModelShape) -> Iterator[tuple[nn.Parameter, Weight]]:
     """The parameters of one model chunk that HF models have, each with its row of the name table.
 
     Parameters the table does not know (adapters) are left out.
     """
-    model = bare_model(chunk)
-    layer_numbers = [layer.layer_number - 1 for layer in model.decoder.layers]  # Megatron counts from 1
-    for name, parameter in model.named_parameters():
-        weight = weight_of_parameter(name, layer_numbers=layer_numbers, shape=shape)
+    for name, parameter in global_parameters(unwrap(chunk)):
+        weight = weight_of_parameter(name, shape)
         if weight is not None:
             yield parameter, weight
 

@@ -71,7 +71,7 @@ TORCH_BACKEND_NAMES = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 _BY_LAYER_NAME = {weight.mcore.removeprefix(f"{LAYER_PREFIX}{{layer}}."): weight for weight in LAYER_WEIGHTS}
-_PARAMETER = re.compile(r"decoder\.layers\.(?P<local>\d+)\.(?P<rest>.+)")
+_PARAMETER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
 def model_weights(shape: ModelShape) -> Iterator[Weight]:
@@ -84,19 +84,19 @@ def model_weights(shape: ModelShape) -> Iterator[Weight]:
         yield OUTPUT
 
 
-def weight_of_parameter(name: str, *, layer_numbers: list[int], shape: ModelShape) -> Weight | None:
-    """The table's row for parameter `name` of one model chunk, or None for a parameter that HF models lack.
+def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
+    """The table's row for a parameter, or None for a parameter that HF models lack.
 
     Args:
-        name: as in `GPTModel.named_parameters()`, in either backend's spelling.
-        layer_numbers: for each entry of the chunk's `decoder.layers`, its place in the whole model, from 0.
+        name: as in `models.qwen25.global_parameters` (layers numbered over the whole model), in either backend's
+            spelling.
         shape: with tied embeddings the last pipeline stage's `output_layer` holds a copy of the embedding.
     """
     match = _PARAMETER.fullmatch(name)
     if match:
         rest = TORCH_BACKEND_NAMES.get(match["rest"], match["rest"])
         row = _BY_LAYER_NAME.get(rest)
-        return row and row.at_layer(layer_numbers[int(match["local"])])
+        return row and row.at_layer(int(match["layer"]))
     if name == OUTPUT.mcore and shape.tie_embeddings:
         return replace(OUTPUT, hf=EMBEDDING.hf)
     return {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}.get(name)

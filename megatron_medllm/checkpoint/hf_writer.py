@@ -1,0 +1,292 @@
+"""A Hugging Face (HF) directory written out of a running Megatron layout, every rank its part.
+
+All shapes are known before the first byte is written, so the main process lays out the files at their full size and
+every rank writes whole tensors at their places. The slices of a tensor meet on one rank of their tensor-parallel (TP)
+group; which rank, and which data-parallel copy of it, rotates from tensor to tensor. The directory carries another
+name until every process has finished, so it is either whole or absent.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_medllm.checkpoint.hf_reader import INDEX_NAME, SINGLE_NAME, chunk_weights
+from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shape, hf_shapes, local_pieces
+from megatron_medllm.checkpoint.safetensors_file import Entry, byte_view, create_file, plan_file, write_fully
+from megatron_medllm.config.model import ModelShape
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.storage import full_disk_error, read_json, write_json
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+DIGESTS_NAME = "medllm_digests.json"
+_CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class HFTarget:
+    """The safetensors files of an HF directory that is being filled, in any order and from several processes."""
+
+    def __init__(self, hf_dir: Path, shape: ModelShape, dtype: torch.dtype, shard_bytes: int) -> None:
+        """Plan the files: tensors in the model's order, a new file where the next would pass `shard_bytes`."""
+        self.hf_dir, self.dtype = hf_dir, dtype
+        self.place: dict[str, tuple[str, Entry]] = {}
+        self.headers: dict[str, tuple[bytes, dict[str, Entry]]] = {}
+        groups = _fill_shards(hf_shapes(shape), dtype.itemsize, shard_bytes)
+        for number, group in enumerate(groups, start=1):
+            several = len(groups) > 1
+            file_name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else SINGLE_NAME
+            header, entries = plan_file(group, dtype)
+            self.headers[file_name] = (header, entries)
+            self.place.update({name: (file_name, entry) for name, entry in entries.items()})
+
+    def create_files(self) -> None:
+        """Lay out every file at its full size.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self.hf_dir.mkdir(parents=True, exist_ok=True)
+        for file_name, (header, entries) in self.headers.items():
+            create_file(self.hf_dir / file_name, header, entries)
+
+    def write(self, name: str, tensor: Tensor, *, first_row: int = 0) -> None:
+        """Write consecutive rows of tensor `name`, in the target's dtype.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        file_name, entry = self.place[name]
+        row_bytes = entry.size // entry.shape[0]
+        path = self.hf_dir / file_name
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            write_fully(fd, byte_view(tensor), entry.offset + first_row * row_bytes)
+        except OSError as error:
+            raise full_disk_error(error, path) from error
+        finally:
+            os.close(fd)
+
+    def finish(self, *, shape: ModelShape, source_dir: Path | None, digests: dict[str, str]) -> None:
+        """Flush the files and write what lies beside them: index, digests, config.json, tokenizer."""
+        for file_name in self.headers:
+            fd = os.open(self.hf_dir / file_name, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        if len(self.headers) > 1:
+            weight_map = {name: file_name for name, (file_name, _) in self.place.items()}
+            total = sum(entry.size for _, entry in self.place.values())
+            write_json(self.hf_dir / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.hf_dir / DIGESTS_NAME, {"algorithm": "sha256", "tensors": dict(sorted(digests.items()))})
+        write_json(self.hf_dir / "config.json", hf_config(shape, self.dtype, source_dir))
+        if source_dir is not None:
+            copy_carried_files(source_dir, self.hf_dir)
+
+
+def _fill_shards(
+    shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int
+) -> list[dict[str, tuple[int, ...]]]:
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * itemsize
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += size
+    return groups
+
+
+def copy_carried_files(source_dir: Path, target_dir: Path) -> None:
+    """Copy tokenizer and generation settings, those that are there."""
+    for name in _CARRIED_FILES:
+        if (source_dir / name).exists():
+            shutil.copyfile(source_dir / name, target_dir / name)
+
+
+def hf_config(shape: ModelShape, dtype: torch.dtype, source_dir: Path | None) -> dict[str, Any]:
+    """A Qwen2 config.json in transformers 4's spelling, which 5 reads too.
+
+    Settings that do not concern the weights (special token ids and the like) come from `source_dir`/config.json.
+    """
+    source_path = source_dir / "config.json" if source_dir else None
+    config = read_json(source_path) if source_path and source_path.exists() else {}
+    for spelled_otherwise in ("rope_parameters", "rope_scaling", "dtype", "layer_types"):
+        config.pop(spelled_otherwise, None)
+    return config | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "rms_norm_eps": shape.layernorm_epsilon,
+        "rope_theta": shape.rotary_base,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "use_sliding_window": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def partial_dir(final: Path) -> Path:
+    """Where a directory grows until it is whole."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where something already has the name that a result shall take."""
+    if path.exists():
+        raise UserError(f"{path}: already exists; choose another directory or remove it")
+
+
+@torch.no_grad()
+def export_hf(
+    model_chunks: Sequence[nn.Module],
+    shape: ModelShape,
+    hf_dir: Path,
+    *,
+    runtime: Runtime,
+    source_dir: Path | None,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write the running model as an HF directory; every process of the run must call this.
+
+    Vocabulary and FFN padding are stripped, and a tied head is written once, as the embedding.
+
+    Args:
+        model_chunks: this rank's chunks, wrapped or not.
+        shape: the model's shape as HF says it (unpadded).
+        hf_dir: takes its name only when all is written.
+        runtime: where this process stands.
+        source_dir: HF directory whose tokenizer, generation settings and special token ids are carried along.
+        dtype: of all tensors written.
+        shard_bytes: a new file starts where a file would grow beyond this.
+
+    Raises:
+        UserError: `hf_dir` exists or the disk is full; raised on every process, and nothing is left behind.
+    """
+    partial = partial_dir(hf_dir)
+    target = HFTarget(partial, shape, dtype, shard_bytes)
+    failure = _create_on_main(target, hf_dir, runtime)
+    digests: dict[str, str] = {}
+    if failure is None:
+        digests, failure = _write_part(model_chunks, shape, target, runtime)
+    everyone: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(everyone, (digests, failure))
+    failure = next((text for _, text in everyone if text is not None), None)
+    if failure is None and runtime.is_main:
+        failure = _finish_on_main([part for part, _ in everyone], target, hf_dir, shape, source_dir)
+    failure = _tell_everyone(failure)
+    if failure is not None:
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(failure)
+
+
+def _tell_everyone(failure: str | None) -> str | None:
+    """The main process's failure, on every process."""
+    box = [failure]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _create_on_main(target: HFTarget, hf_dir: Path, runtime: Runtime) -> str | None:
+    failure = None
+    if runtime.is_main:
+        try:
+            refuse_existing(hf_dir)
+            shutil.rmtree(target.hf_dir, ignore_errors=True)  # of a run that was killed
+            target.create_files()
+        except UserError as error:
+            failure = str(error)
+    return _tell_everyone(failure)
+
+
+def _finish_on_main(
+    parts: list[dict[str, str]], target: HFTarget, hf_dir: Path, shape: ModelShape, source_dir: Path | None
+) -> str | None:
+    digests = {name: digest for part in parts for name, digest in part.items()}
+    missing = sorted(target.place.keys() - digests.keys())
+    if missing:
+        raise RuntimeError(f"no process wrote {missing[0]!r} (and {len(missing) - 1} more)")
+    try:
+        target.finish(shape=shape, source_dir=source_dir, digests=digests)
+        os.replace(target.hf_dir, hf_dir)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return str(full_disk_error(error, hf_dir))
+    return None
+
+
+def _write_part(
+    model_chunks: Sequence[nn.Module], shape: ModelShape, target: HFTarget, runtime: Runtime
+) -> tuple[dict[str, str], str | None]:
+    """Write the tensors that fall to this rank; after a failure go on meeting the others, but write no more."""
+    digests: dict[str, str] = {}
+    failure = None
+    number = 0
+    for chunk in model_chunks:
+        for parameter, weight in chunk_weights(chunk, shape):
+            if weight.mcore == OUTPUT.mcore and weight.hf == EMBEDDING.hf:
+                continue  # the tied copy on the last stage
+            number += 1
+            if number % runtime.dp_size != runtime.dp_rank:
+                continue  # another copy of the model writes this one
+            owner = (number // runtime.dp_size) % runtime.layout.tp
+            slices = _gather_slices(parameter.to(target.dtype), weight, owner=owner, runtime=runtime)
+            if slices is None or failure is not None:
+                continue
+            try:
+                for name, tensor in assemble(slices, weight, shape).items():
+                    target.write(name, tensor)
+                    digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
+            except UserError as error:
+                failure = str(error)
+    return digests, failure
+
+
+def _gather_slices(local: Tensor, weight: Weight, *, owner: int, runtime: Runtime) -> list[Tensor] | None:
+    """The slices of all TP ranks on rank `owner` of the group, on the CPU; None on the others."""
+    local = local.detach().contiguous()
+    is_owner = runtime.tp_rank == owner
+    if weight.axis is None or runtime.layout.tp == 1:
+        return [local.cpu()] if is_owner else None
+    slices = [torch.empty_like(local) for _ in range(runtime.layout.tp)] if is_owner else None
+    dist.gather(local, slices, dst=dist.get_global_rank(runtime.tp_group, owner), group=runtime.tp_group)
+    return [part.cpu() for part in slices] if slices is not None else None
+
+
+def assemble(slices: list[Tensor], weight: Weight, shape: ModelShape) -> dict[str, Tensor]:
+    """The HF tensors inside one Megatron tensor, from its slices on all TP ranks in rank order; padding dropped."""
+    axis = weight.axis or 0
+    tensors = {name: slices[0].new_empty(hf_shape(name, shape)) for name in weight.hf}
+    for tp_rank, local in enumerate(slices):
+        at = 0
+        for piece in local_pieces(weight, shape, local_size=local.shape[axis], tp_rank=tp_rank, tp_size=len(slices)):
+            if piece.hf is not None:
+                place = tensors[piece.hf].narrow(axis, piece.start, len(piece))
+                place.copy_(local.narrow(axis, at, len(piece)))
+            at += len(piece)
+    return tensors
