@@ -1,0 +1,178 @@
+"""Linear layers on block-scaled FP8: `fp8_frozen_linear` for LoRA on a frozen base, `fp8_linear` for full training.
+
+Casts, with x [T, k], W [n, k], d y [T, n]:
+
+    product      sums over  operands                                 frozen  trained
+    y = x W^T    k          x in 1 x 128, W in 128 x 128             FP8     FP8
+    d x = d y W  n          d y in 1 x 128, W transposed on the fly  FP8     FP8
+    d W = d y^T x  T        both transposed, in 1 x 128 along T      -       FP8
+
+All casts are e4m3, gradients included: with a scale per 128 values its range is enough, and it has a bit more
+precision than e5m2 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). What leaves a layer has the dtype of its input.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_medllm.kernels.fp8.blocks import BLOCK, BlockScaled
+from megatron_medllm.kernels.fp8.products import scaled_matmul
+from megatron_medllm.kernels.fp8.quantize import quantize_activation, quantize_weight, transpose_fp8
+
+Parallel = Literal["column", "row"]
+
+
+def fp8_frozen_linear(
+    x: Tensor,
+    weight: BlockScaled,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    lora_input: Tensor | None = None,
+    parallel: Parallel | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """x W^T + bias + lora_scale (x A^T) B^T, where W is frozen FP8 held once and A, B are trained in x's dtype.
+
+    Tensor parallelism as in Megatron's column and row layers, whose mappings stay with the caller:
+
+    - column: x whole, W, bias and B this rank's outputs, A whole. The result is this rank's slice; the gradient of x
+      is this rank's part of the sum. The gradient of A comes out whole, the same on every rank.
+    - row: x, W and A this rank's inputs, B whole. The result is this rank's part of the sum (leave out `bias`, add it
+      after the sum); the gradient of B comes out whole, the same on every rank.
+
+    Either way one all-reduce of [T, r] in the backward pass is all that the adapter sends. x under sequence
+    parallelism is gathered before the call.
+
+    Args:
+        x: [..., k], bf16 or fp32.
+        weight: [n, k] in 128 x 128 blocks, from `quantize_weight`.
+        bias: [n] or None; takes a gradient if it requires one.
+        lora_a: A [r, k]; None: no adapter.
+        lora_b: B [n, r].
+        lora_scale: alpha / r.
+        lora_input: what A is applied to, where that is not x (dropout).
+        parallel: None: nothing is split.
+        tp_group: the ranks that share the layer; needed with `parallel` and an adapter.
+
+    Returns:
+        [..., n] in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a weight in other blocks, half an adapter.
+    """
+    if weight.rows_per_scale != BLOCK or x.shape[-1] != weight.values.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} does not fit weight {tuple(weight.values.shape)} in {weight.rows_per_scale}-row blocks"
+        )
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("an adapter needs both lora_a and lora_b")
+    flat = x.reshape(-1, x.shape[-1])
+    adapted = None
+    if lora_a is not None:
+        adapted = flat if lora_input is None else lora_input.reshape(flat.shape)
+    split = tp_group is not None and dist.get_world_size(tp_group) > 1
+    y = _FrozenLinear.apply(
+        flat, adapted, lora_a, lora_b, bias, weight, lora_scale, parallel, tp_group if split else None
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, adapted, a, b, bias, weight: BlockScaled, scale: float, parallel: Parallel | None, tp_group):
+        y = scaled_matmul(quantize_activation(x)[0], weight, out_dtype=x.dtype)
+        z = None
+        if a is not None:
+            z = adapted @ a.t().to(x.dtype)  # [T, r]
+            y.addmm_(z, b.t().to(x.dtype), alpha=scale)
+        if bias is not None:
+            y.add_(bias)
+        ctx.save_for_backward(adapted, a, b, z)
+        ctx.weight, ctx.scale, ctx.parallel, ctx.tp_group = weight, scale, parallel, tp_group
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        adapted, a, b, z = ctx.saved_tensors
+        wants_x, wants_adapted, wants_a, wants_b, wants_bias = ctx.needs_input_grad[:5]
+        dx = d_adapted = da = db = None
+        if wants_x:
+            dx = scaled_matmul(quantize_activation(dy)[0], transpose_fp8(ctx.weight), out_dtype=dy.dtype)
+        if a is not None:
+            dz = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # [T, r]; of this rank's outputs alone in a column layer
+            if wants_adapted:
+                d_adapted = dz @ a.to(dy.dtype)
+            if wants_a:
+                dz = _sum_over_ranks(dz, ctx.tp_group) if ctx.parallel == "column" else dz
+                da = (dz.t() @ adapted).to(a.dtype)
+            if wants_b:
+                z = _sum_over_ranks(z, ctx.tp_group) if ctx.parallel == "row" else z
+                db = (dy.t() @ z).mul_(ctx.scale).to(b.dtype)
+        dbias = dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None
+        return dx, d_adapted, da, db, dbias, None, None, None, None
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, power_of_two: bool = False) -> Tensor:
+    """x W^T + bias with all three products in FP8; W is cast anew from its bf16 or fp32 master at every use.
+
+    Between the passes only x in FP8 is held (the copy that d W needs), half of what a bf16 layer holds; W is cast
+    again in the backward pass rather than held. Under tensor parallelism the gradient of x is this rank's part of the
+    sum, as with any Megatron linear: the caller's mapping reduces it.
+
+    Args:
+        x: [..., k], bf16 or fp32. On Hopper k, n must be multiples of 128.
+        weight: [n, k].
+        bias: [n] or None.
+        power_of_two: round scales up to powers of two.
+
+    Returns:
+        [..., n] in x's dtype; the gradient of the weight is summed in fp32 and has the weight's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = _TrainedLinear.apply(flat, weight, bias, power_of_two)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _TrainedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, power_of_two: bool) -> Tensor:
+        wants_weight = ctx.needs_input_grad[1]
+        rows, columns = quantize_activation(x, columns=wants_weight, power_of_two=power_of_two)
+        y = scaled_matmul(rows, quantize_weight(weight, power_of_two=power_of_two), out_dtype=x.dtype)
+        if bias is not None:
+            y.add_(bias)
+        ctx.save_for_backward(weight, *((columns.values, columns.scales) if columns is not None else ()))
+        ctx.power_of_two, ctx.bias_dtype = power_of_two, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        weight, *held = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        rows, columns = quantize_activation(dy, columns=wants_weight, power_of_two=ctx.power_of_two)
+        dx = dw = None
+        if wants_x:
+            across = transpose_fp8(quantize_weight(weight, power_of_two=ctx.power_of_two))
+            dx = scaled_matmul(rows, across, out_dtype=dy.dtype)
+        if wants_weight and columns is not None:
+            x_columns = BlockScaled(held[0], held[1], 1)
+            dw = scaled_matmul(columns, x_columns, out_dtype=torch.float32).to(weight.dtype)
+        dbias = dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None
+        return dx, dw, dbias, None
+
+
+def _sum_over_ranks(value: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    if tp_group is None:
+        return value
+    total = value.clone()
+    dist.all_reduce(total, group=tp_group)
+    return total
