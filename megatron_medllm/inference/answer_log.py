@@ -97,7 +97,8 @@ def _read_log(log: Path) -> dict[str, Completion]:
     for number, line in enumerate(content[:whole].splitlines(), start=1):
         try:
             row = orjson.loads(line)
-            answers[row.pop("key")] = Completion(**row)
+            key = row.pop("key")
+            answers[key] = Completion(**row)
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(f"{log}:{number}: not an answer of this log; remove the line or the file") from None
     return answers

@@ -67,7 +67,8 @@ class TransformersEngine:
                 yield from self._decode(batch)
             except torch.cuda.OutOfMemoryError:
                 raise UserError(
-                    f"the GPU is out of memory with {len(batch)} sequences; lower engine.batch_tokens or engine.batch_size"
+                    f"the GPU is out of memory with {len(batch)} sequences; "
+                    "lower engine.batch_tokens or engine.batch_size"
                 ) from None
 
     def _encode(self, request: Request) -> list[int]:

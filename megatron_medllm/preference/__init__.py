@@ -1,0 +1,1 @@
+"""From exam questions and a checkpoint to preference pairs: sample, judge, pair, filter."""

@@ -1,0 +1,34 @@
+"""One way of answering a training question, and where it stands in the hierarchy."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_medllm.exams.prompts import Mode
+
+Tier = Literal["gold", "right", "wrong", "malformed"]
+TIERS: tuple[Tier, ...] = ("gold", "right", "wrong", "malformed")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A response with its tier. `provenance` says who wrote it: the data set, or a model with seed and temperature."""
+
+    problem_id: str
+    mode: Mode
+    tier: Tier
+    text: str
+    answer: tuple[str, ...] | None
+    provenance: dict[str, Any]
+    truncated: bool = False
+
+    def to_row(self) -> dict[str, Any]:
+        """The row of samples.jsonl."""
+        return {
+            "problem_id": self.problem_id,
+            "mode": self.mode,
+            "tier": self.tier,
+            "text": self.text,
+            "answer": list(self.answer) if self.answer is not None else None,
+            "truncated": self.truncated,
+            **self.provenance,
+        }

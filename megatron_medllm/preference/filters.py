@@ -1,0 +1,102 @@
+"""Reasons not to learn from a response or a pair. Each function answers with a reason, or with None."""
+
+import re
+
+from megatron_medllm.config.pairs import FilterConfig
+from megatron_medllm.exams.question import Question
+from megatron_medllm.preference.candidate import Candidate
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+_JAPANESE = re.compile(r"[ぁ-んァ-ヴー一-鿿々〆]")
+_LETTER = re.compile(r"[^\W\d_]")
+_RIGHT = r"正しい|正解|適切である|適切(?=[。\s]|$)|正(?=[。\s]|$)|○"
+_WRONG = r"誤り|誤って|正しくない|不正解|不適切|適切でない|誤(?=[。\s]|$)|×"
+_ANSWER_LINE = re.compile(r"\n?答え\s*[:：][^\n]*\s*$")
+
+
+def candidate_reason(candidate: Candidate, question: Question, config: FilterConfig, *, chosen: bool) -> str | None:
+    """Why `candidate` cannot be the chosen (or the rejected) side of a pair."""
+    if config.truncated and candidate.truncated:
+        return "truncated"
+    if not candidate.text.strip():
+        return "empty"
+    if candidate.mode == "answer_only":
+        return None
+    if chosen and candidate.tier == "gold" and len(question.explanation.strip()) < config.min_gold_chars:
+        return "gold explanation too short"
+    if candidate.tier != "malformed" and japanese_share(candidate.text) < config.min_japanese:
+        return "language"
+    if chosen and config.consistent and contradicts_itself(candidate, question):
+        return "explanation contradicts its answer"
+    return None
+
+
+def pair_reason(chosen: Candidate, rejected: Candidate, config: FilterConfig) -> str | None:
+    """Why the two cannot be a pair."""
+    if chosen.text.strip() == rejected.text.strip():
+        return "identical"
+    if chosen.mode == "answer_only":
+        return None
+    short, long = sorted((len(chosen.text), len(rejected.text)))
+    if long > config.max_length_ratio * short:
+        return "length ratio"
+    if edit_distance(chosen.text, rejected.text) < config.min_edit_distance * long:
+        return "nearly identical"
+    return None
+
+
+def japanese_share(text: str) -> float:
+    """Kana and kanji among the letters of `text`; 1.0 when there is no letter."""
+    letters = len(_LETTER.findall(text))
+    return min(1.0, len(_JAPANESE.findall(text)) / letters) if letters else 1.0
+
+
+def contradicts_itself(candidate: Candidate, question: Question) -> bool:
+    """Whether the explanation's verdicts on the options speak against the answer it ends with.
+
+    An answered option and an unanswered one may not have the same verdict (`aは正しい。…bは正しい。…答え: a`), and the
+    answered options may not have different ones. So a question for the wrong statement needs no special case.
+    """
+    if candidate.answer is None or question.kind == "numeric":
+        return False
+    verdicts = option_verdicts(candidate.text, question.labels)
+    of_answered = {verdicts[label] for label in candidate.answer if label in verdicts}
+    of_others = {verdict for label, verdict in verdicts.items() if label not in candidate.answer}
+    return len(of_answered) > 1 or bool(of_answered & of_others)
+
+
+def option_verdicts(text: str, labels: tuple[str, ...]) -> dict[str, bool]:
+    """Which options `text` calls right or wrong: `aは…正しい。`, `ｃ　誤り。`, `b:正`; not those it calls both."""
+    body = _ANSWER_LINE.sub("", text.translate(_FULL_WIDTH))
+    label = "|".join(map(re.escape, labels))
+    # One statement reaches from its option to the verdict, without passing another option or two full stops.
+    statement = re.compile(
+        rf"(?<![A-Za-z0-9])({label})(?:は|が|:|\.|\s)(?:(?!(?<![A-Za-z0-9])(?:{label})(?:は|が|:|\.|\s))[^\n。])*?"
+        rf"(?:({_WRONG})|({_RIGHT}))"
+    )
+    found: dict[str, set[bool]] = {}
+    for match in statement.finditer(body):
+        found.setdefault(match.group(1), set()).add(match.group(2) is None)
+    return {option: verdicts.pop() for option, verdicts in found.items() if len(verdicts) == 1}
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance, bit-parallel (Hyyrö 2003): one pass over `b` with integers as wide as `a`."""
+    if not a:
+        return len(b)
+    mask, top = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    where: dict[str, int] = {}
+    for index, character in enumerate(a):
+        where[character] = where.get(character, 0) | 1 << index
+    plus, minus, distance = mask, 0, len(a)
+    for character in b:
+        equal = where.get(character, 0)
+        vertical = equal | minus
+        horizontal = (((equal & plus) + plus) ^ plus) | equal
+        up = minus | ~(horizontal | plus)
+        down = plus & horizontal
+        distance += bool(up & top) - bool(down & top)
+        up = (up << 1) | 1
+        plus = ((down << 1) | ~(vertical | up)) & mask
+        minus = up & vertical & mask
+    return distance

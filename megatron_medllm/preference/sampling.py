@@ -1,0 +1,91 @@
+"""Ask the checkpoint for several answers to every training question, and judge each against the gold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.config.exam import DecodingConfig
+from megatron_medllm.config.pairs import PairsConfig
+from megatron_medllm.exams.parsing import Parser, parse_answer
+from megatron_medllm.exams.prompts import Mode
+from megatron_medllm.exams.question import Question
+from megatron_medllm.exams.scoring import score_answer
+from megatron_medllm.inference.answer_log import answer_requests
+from megatron_medllm.inference.exam_requests import ExamPrompter
+from megatron_medllm.inference.protocol import Completion, Request
+from megatron_medllm.preference.candidate import Candidate
+
+
+def sample(
+    config: PairsConfig, questions: Sequence[Question], model_dir: Path, *, prompter: ExamPrompter, log: Path
+) -> tuple[list[Candidate], dict[str, Any]]:
+    """Sample and judge; resumable through `log`.
+
+    Returns:
+        The candidates in question order, and the provenance and timing of the run.
+
+    Raises:
+        UserError: the model cannot be used or the engine failed.
+    """
+    asked = [
+        (question, mode, request) for question in questions for mode, request in _requests(config, prompter, question)
+    ]
+    if not asked:
+        return [], {}
+    answers = answer_requests(
+        config.engine,
+        model_dir,
+        [request for *_, request in asked],
+        log=log,
+        title=f"samples of {model_dir.name}",
+    )
+    candidates = [
+        judge(question, mode, request, answers.completions[request.request_id], parser=config.parser)
+        for question, mode, request in asked
+    ]
+    return candidates, {"provenance": answers.provenance, "timing": answers.timing}
+
+
+def judge(question: Question, mode: Mode, request: Request, completion: Completion, *, parser: Parser) -> Candidate:
+    """Place a completion in the hierarchy by its parsed answer."""
+    parsed = parse_answer(completion.text, question, mode=mode, parser=parser)
+    if parsed.malformed:
+        tier = "malformed"
+    else:
+        tier = "right" if score_answer(question, parsed, parser=parser).correct else "wrong"
+    provenance = {
+        "written_by": "model",
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "request_id": request.request_id,
+        "finish_reason": completion.finish_reason,
+        "malformed_reason": parsed.reason,
+    }
+    return Candidate(
+        question.problem_id,
+        mode,
+        tier,
+        completion.text,
+        parsed.answer,
+        provenance,
+        truncated=completion.finish_reason == "length",
+    )
+
+
+def _requests(config: PairsConfig, prompter: ExamPrompter, question: Question) -> list[tuple[Mode, Request]]:
+    sampling = config.sampling
+    decoding = DecodingConfig(
+        top_p=sampling.top_p, seed=sampling.seed, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop
+    )
+    plan: list[tuple[Mode, float, int]] = [
+        ("explained", temperature, number)
+        for temperature in sampling.temperatures
+        for number in range(sampling.samples)
+    ]
+    if config.max_answer_only_pairs and config.weights.answer_only:
+        plan += [("answer_only", sampling.temperatures[-1], number) for number in range(sampling.answer_only_samples)]
+    return [
+        (mode, prompter.request(question, mode, decoding, sample=number, temperature=temperature))
+        for mode, temperature, number in plan
+    ]
