@@ -235,9 +235,9 @@ def test_adapters_on_an_fp8_base_learn_as_on_a_bf16_base():
     for kind in ("bf16", "fp8"):
         torch.manual_seed(0)
         model = TinyLanguageModel()
-        before = train(model, chain_seed=1, steps=60)
+        train(model, chain_seed=1, steps=60)
         model.add_adapters()
         model.kind = kind
         losses[kind] = train(model, chain_seed=2)
-    assert losses["bf16"] < before + 0.5
+    assert losses["bf16"] < 2.0  # another chain than the base knows, where it starts above 5
     assert abs(losses["fp8"] / losses["bf16"] - 1) < 0.01, losses
