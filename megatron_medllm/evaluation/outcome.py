@@ -119,7 +119,17 @@ def stability_gap(
     if sum(points) > 0:
         result["points_rate"] = paired_bootstrap(a, b, weights=points, **options).to_dict()
     result["by_category"] = {
-        category: {"n": len(index), "gap": sum(b[i] - a[i] for i in index) / len(index)}
+        category: {
+            "n": len(index),
+            **paired_bootstrap(
+                [a[i] for i in index],
+                [b[i] for i in index],
+                groups=[questions[i].group for i in index],
+                resamples=min(resamples, 2000),
+                confidence=confidence,
+                seed=seed,
+            ).to_dict(),
+        }
         for category, index in _indices_by_category(questions).items()
     }
     return result

@@ -5,11 +5,14 @@ from typing import Any
 
 from megatron_medllm.config.exam import EvalConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.gate import check_requirements, parse_requirement
+from megatron_medllm.evaluation.html_report import html_report
+from megatron_medllm.evaluation.markdown import summary_markdown
 from megatron_medllm.evaluation.outcome import Outcome, judge, mode_summary, sample_summary, stability_gap
 from megatron_medllm.exams.loading import Exam, load_exam
 from megatron_medllm.inference.answer_log import Answers, answer_requests
 from megatron_medllm.inference.exam_requests import ExamPrompter
-from megatron_medllm.storage import write_json, write_jsonl
+from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
 ANSWER_LOG = "answers.jsonl"
 
@@ -20,11 +23,13 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str,
     Killed and started again it goes on where it stopped: finished answers lie in `output_dir`/answers.jsonl.
 
     Returns:
-        The contents of summary.json.
+        The contents of summary.json. `requirements` says which gates are met; nothing is raised for one that is not.
 
     Raises:
         UserError: bad questions, a model directory that cannot be used, an engine that failed.
     """
+    for requirement in config.require:  # a typing error should not cost an evaluation
+        parse_requirement(requirement, modes=config.modes)
     exam, whole_exam = load_configured_exam(config)
     outcomes, answers = _examine(config, exam, model_dir, output_dir)
     summary = {
@@ -37,9 +42,19 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str,
         "timing": {**answers.timing, "tokens_per_s": answers.timing["new_tokens"] / (answers.timing["seconds"] or 1.0)},
         "config": config.model_dump(mode="json"),
     }
+    summary["requirements"] = check_requirements(config.require, summary)
     write_jsonl(output_dir / "results.jsonl", [outcome.to_row() for outcome in outcomes])
-    write_json(output_dir / "summary.json", summary)
+    write_text(output_dir / "report.md", summary_markdown(summary))
+    if config.html:
+        write_text(output_dir / "report.html", html_report(summary, outcomes, examples=config.examples))
+    write_json(output_dir / "summary.json", summary)  # last: its presence says that the evaluation is complete
     return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
 
 
 def load_configured_exam(config: EvalConfig) -> tuple[Exam, Exam]:

@@ -1,0 +1,77 @@
+"""`medllm eval score`: score predictions made elsewhere, in the IgakuQA repository's own format."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.exams.loading import load_exam
+from megatron_medllm.exams.parsing import Parser, parse_answer
+from megatron_medllm.exams.question import Question
+from megatron_medllm.exams.scoring import Score, score_answer, score_report
+from megatron_medllm.storage import read_jsonl
+
+
+def score_predictions(
+    exam_name: str,
+    data: Sequence[Path],
+    predictions: Sequence[Path],
+    *,
+    text_only: bool = False,
+    parser: Parser = "strict",
+) -> dict[str, Any]:
+    """Score JSON-lines files of `problem_id` and `prediction` (such as `a,c`).
+
+    Returns:
+        n, correct, points, possible, accuracy, points_rate, malformed, missing (questions of the covered years without
+        a prediction: they are in no other count), and by_year, by_section, by_category. A year is `passed` or not only
+        when all of its questions have a prediction.
+
+    Raises:
+        UserError: a missing file or field, an unknown or repeated problem_id (names file and line).
+    """
+    whole = load_exam(exam_name, data)
+    exam = load_exam(exam_name, data, text_only=text_only)
+    known = {question.problem_id: question for question in whole.questions}
+    wanted = {question.problem_id for question in exam.questions}
+    scores: dict[str, Score] = {}
+    malformed = 0
+    for problem_id, prediction in read_predictions(predictions, known).items():
+        if problem_id not in wanted:
+            continue
+        parsed = parse_answer(prediction, known[problem_id], mode="answer_only", parser=parser)
+        malformed += parsed.malformed
+        scores[problem_id] = score_answer(known[problem_id], parsed, parser=parser)
+    if not scores:
+        raise UserError(f"{', '.join(map(str, predictions))}: no prediction for the selected questions")
+    years = {question.year for question in exam.questions if question.problem_id in scores}
+    missing = [q.problem_id for q in exam.questions if q.year in years and q.problem_id not in scores]
+    return {
+        **score_report(exam, scores, whole_exam=whole),
+        "malformed": malformed,
+        "missing": len(missing),
+        "missing_first": missing[:10],
+        "parser": parser,
+        "text_only": text_only,
+    }
+
+
+def read_predictions(paths: Sequence[Path], known: dict[str, Question]) -> dict[str, str]:
+    """Predictions by problem_id.
+
+    Raises:
+        UserError: see `score_predictions`.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path), start=1):
+            for field in ("problem_id", "prediction"):
+                if not isinstance(row.get(field), str):
+                    raise UserError(f"{path}:{number}: expected a string field {field!r}, found {row.get(field)!r}")
+            problem_id = row["problem_id"]
+            if problem_id not in known:
+                raise UserError(f"{path}:{number}: problem_id {problem_id!r} is not a question of the exam")
+            if problem_id in found:
+                raise UserError(f"{path}:{number}: problem_id {problem_id!r} was predicted before")
+            found[problem_id] = row["prediction"]
+    return found
