@@ -6,7 +6,7 @@ decoding, engine); a changed setting therefore asks again and never mixes with o
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import orjson
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import model_identity, open_engine
-from megatron_medllm.inference.protocol import Completion, Engine, Request
+from megatron_medllm.inference.protocol import Completion, Request
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import digest_value, full_disk_error
 
@@ -39,7 +39,6 @@ def answer_requests(
     *,
     log: Path,
     title: str,
-    opener: Callable[[EngineConfig, Path], Engine] = open_engine,
 ) -> Answers:
     """Answer every request, taking from `log` what an earlier run has answered.
 
@@ -62,7 +61,7 @@ def answer_requests(
     timing = {"answered": len(missing), "taken_from_log": len(completions), "seconds": 0.0, "new_tokens": 0}
     if not missing:
         return Answers(completions, provenance, timing)
-    engine = opener(config, model_dir)
+    engine = open_engine(config, model_dir)
     provenance |= engine.describe()
     started = time.monotonic()
     try:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.inference.model_files import check_model_dir, model_digest
+from megatron_medllm.inference.openai_engine import OpenAIEngine
 from megatron_medllm.inference.protocol import Engine
+from megatron_medllm.inference.vllm_engine import VllmEngine
 
 
 def open_engine(config: EngineConfig, model_dir: Path) -> Engine:
@@ -13,7 +15,11 @@ def open_engine(config: EngineConfig, model_dir: Path) -> Engine:
     Raises:
         UserError: the model directory is incomplete, or the engine cannot start.
     """
-    # Imported here, so that an endpoint can be asked without loading torch.
+    if config.kind == "openai":
+        return OpenAIEngine(config, model_dir)
+    if config.kind == "vllm":
+        return VllmEngine(config, model_dir)
+    # Imported here, so that the other engines work without loading torch.
     from megatron_medllm.inference.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, model_dir)

@@ -1,0 +1,99 @@
+"""vLLM in its own environment: its dependencies do not fit beside Megatron-Core's, so it is a process of its own."""
+
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.config.exam import EngineConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.inference.model_files import check_model_dir
+from megatron_medllm.inference.protocol import Completion, Request
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+_SHUTDOWN_S = 60
+_TAIL_LINES = 5
+
+
+class VllmEngine:
+    """Starts the worker with `engine.python`; it loads the model while this process waits."""
+
+    def __init__(self, config: EngineConfig, model_dir: Path) -> None:
+        check_model_dir(model_dir)
+        self._config = config
+        self._errors = tempfile.NamedTemporaryFile("w+", suffix=".vllm.log")  # noqa: SIM115 (closed by `close`)
+        self._complete = False
+        try:
+            self._process = subprocess.Popen(
+                [str(config.python), str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise UserError(f"engine.python={config.python}: cannot be started ({error.strerror})") from None
+        setup = {
+            "model": str(model_dir),
+            "dtype": config.dtype,
+            "tensor_parallel": config.tensor_parallel,
+            "max_model_len": config.max_model_len,
+        }
+        self._send([setup], close=False)
+        self._version = self._read()["ready"]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {
+            "engine": "vllm",
+            "vllm": self._version,
+            "dtype": self._config.dtype,
+            "tensor_parallel": self._config.tensor_parallel,
+        }
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """See `Engine.generate`. The worker serves one call."""
+        # A thread writes: the worker may answer before it has read everything, and both pipes are finite.
+        writer = threading.Thread(target=self._send, args=([r.to_dict() for r in requests],), daemon=True)
+        writer.start()
+        for _ in requests:
+            yield Completion(**self._read())
+        writer.join()
+        self._complete = True
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if not self._complete:
+            self._process.terminate()
+        try:
+            self._process.wait(_SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def _send(self, rows: list[dict[str, Any]], *, close: bool = True) -> None:
+        try:
+            for row in rows:
+                self._process.stdin.write(json.dumps(row) + "\n")
+            self._process.stdin.flush()
+            if close:
+                self._process.stdin.close()
+        except OSError:  # the worker is gone: the reading side says why
+            return
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise UserError(f"the vLLM worker ended with status {code}: {self._last_words()}")
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        self._errors.flush()
+        lines = Path(self._errors.name).read_text(errors="replace").strip().splitlines()
+        return " | ".join(lines[-_TAIL_LINES:]) or "it printed nothing"

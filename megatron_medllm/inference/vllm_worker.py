@@ -1,0 +1,70 @@
+"""Runs inside vLLM's own environment: JSON lines in, JSON lines out. Imports nothing of this package.
+
+The first line on standard input is the setup (`model`, `dtype`, `tensor_parallel`, `max_model_len`), then one request a
+line until the input ends. Standard output carries `{"ready": …}` and then one completion a line; everything that vLLM
+itself prints goes to standard error.
+"""
+
+import json
+import os
+import sys
+
+_CHUNK = 512  # answers come back, and are kept, after each so many
+
+
+def main() -> None:
+    """Serve one run."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # vLLM and its workers print to standard output
+    setup = json.loads(sys.stdin.readline())
+    import vllm
+
+    options = {} if setup["max_model_len"] is None else {"max_model_len": setup["max_model_len"]}
+    model = vllm.LLM(
+        model=setup["model"], dtype=setup["dtype"], tensor_parallel_size=setup["tensor_parallel"], **options
+    )
+    print(json.dumps({"ready": vllm.__version__}), file=replies, flush=True)
+    requests = [json.loads(line) for line in sys.stdin]
+    for start in range(0, len(requests), _CHUNK):
+        for reply in answer(vllm, model, requests[start : start + _CHUNK]):
+            print(json.dumps(reply), file=replies, flush=True)
+
+
+def answer(vllm, model, requests):
+    """Complete one chunk; prompts and chat messages are asked apart."""
+    replies = []
+    for chat in (False, True):
+        part = [request for request in requests if bool(request["messages"]) == chat]
+        if not part:
+            continue
+        sampling = [
+            vllm.SamplingParams(
+                temperature=request["temperature"],
+                top_p=request["top_p"],
+                seed=request["seed"],
+                max_tokens=request["max_new_tokens"],
+                stop=request["stop"],
+            )
+            for request in part
+        ]
+        if chat:
+            outputs = model.chat([request["messages"] for request in part], sampling)
+        else:
+            outputs = model.generate([request["prompt"] for request in part], sampling)
+        for request, output in zip(part, outputs, strict=True):
+            text = output.outputs[0]
+            stopped = text.finish_reason == "stop" and isinstance(text.stop_reason, str)
+            replies.append(
+                {
+                    "request_id": request["request_id"],
+                    "text": text.text,
+                    "finish_reason": "length" if text.finish_reason == "length" else "stop" if stopped else "eos",
+                    "prompt_tokens": len(output.prompt_token_ids),
+                    "new_tokens": len(text.token_ids),
+                }
+            )
+    return replies
+
+
+if __name__ == "__main__":  # vLLM's tensor-parallel workers import this module again
+    main()
