@@ -81,10 +81,10 @@ class TrainConfig(Section):
 
 
 class DataSource(Section):
-    """One indexed dataset in the blend."""
+    """One corpus in the blend."""
 
-    prefix: Path = Field(description="path of the .bin/.idx pair without the suffix, or a folder with manifest.json")
-    weight: float = Field(default=1.0, gt=0)
+    path: Path = Field(description="folder that `medllm corpus build` wrote")
+    weight: float = Field(default=1.0, gt=0, description="its share among the corpora of the blend")
 
 
 class CptConfig(TrainConfig):
@@ -92,8 +92,9 @@ class CptConfig(TrainConfig):
 
     data: tuple[DataSource, ...] = Field(min_length=1)
     train_tokens: int | None = Field(default=None, gt=0, description="token budget; give this or epochs")
-    epochs: float | None = Field(default=None, gt=0, description="passes over the blend; give this or train_tokens")
-    split: str = Field(default="1,0,0", description="train,validation,test shares of every source")
+    epochs: float | None = Field(
+        default=None, gt=0, description="tokens to train on, in passes over the corpora; or train_tokens"
+    )
     loss_after: tuple[str, ...] = Field(
         default=(), description="in documents that contain one of these strings, only what follows it is learned"
     )

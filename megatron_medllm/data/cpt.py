@@ -16,10 +16,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_medllm.config.train import CptConfig, DataSource
+from megatron_medllm.corpus.blend import read_blend
+from megatron_medllm.corpus.index import read_index
 from megatron_medllm.data.microbatch import IGNORED, MicroBatch
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.packed import Segment
-from megatron_medllm.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -132,49 +133,48 @@ class CptRows:
 
 @dataclass(frozen=True)
 class Blend:
-    """Indexed datasets with their weights, and what their manifests say of the tokenizer."""
+    """All configured corpora as one: prefixes with weights, training/validation/test shares, and their tokenizer."""
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
-    tokens: tuple[int, ...]
-    eod_id: int
-    vocab_size: int
+    tokens: int
+    split: tuple[float, float, float]
     tokenizer_digest: str
+    vocab_size: int
+    eod_id: int
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training share."""
+        return int(self.tokens * self.split[0] / sum(self.split))
 
 
-def resolve_blend(sources: tuple[DataSource, ...]) -> Blend:
-    """Find the `.bin/.idx` pairs behind the configured folders, and check that one tokenizer made them all.
+def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
+    """Read the corpora's manifests, check their index files, and that one tokenizer made them all.
 
     Raises:
-        UserError: a manifest or an index is missing or cut, or two sources were built with different tokenizers.
+        UserError: a manifest or an index is missing or cut, no tokens, or two corpora differ in tokenizer or split.
     """
-    prefixes, weights, tokens, facts = [], [], [], {}
-    for source in sources:
-        manifest_path = source.prefix / "manifest.json"
-        manifest = read_json(manifest_path)
-        tokenizer = manifest["tokenizer"]
-        facts[str(manifest_path)] = (tokenizer["sha256"], manifest["eod_id"], tokenizer["vocab_size"])
-        for name, entry in manifest["sources"].items():
-            prefix = source.prefix / name
-            _check_files(prefix)
-            if entry["tokens"] == 0:
-                continue
-            prefixes.append(str(prefix))
-            weights.append(source.weight * entry["blend_weight"])
-            tokens.append(entry["tokens"])
-    if len(set(facts.values())) > 1:
-        raise UserError(f"data sources were built with different tokenizers: {', '.join(facts)}")
+    found = [(corpus, read_blend(corpus.path)) for corpus in corpora]
+    first_corpus, first = found[0]
+    prefixes, weights, tokens = [], [], 0
+    for corpus, blend in found:
+        for name in ("tokenizer_digest", "eod_id", "split"):
+            if getattr(blend, name) != getattr(first, name):
+                raise UserError(f"{corpus.path} and {first_corpus.path} were built with a different {name}")
+        for source in blend.sources:
+            indexed = int(read_index(source.prefix).lengths.sum(dtype=np.int64))
+            if indexed != source.tokens:
+                raise UserError(f"{source.prefix}.idx holds {indexed} tokens, but its manifest says {source.tokens}")
+            if source.tokens:
+                prefixes.append(str(source.prefix))
+                weights.append(corpus.weight * source.weight)
+                tokens += source.tokens
     if not prefixes:
-        raise UserError(f"no tokens in the data sources: {', '.join(facts)}")
-    digest, eod_id, vocab_size = next(iter(facts.values()))
-    return Blend(tuple(prefixes), tuple(weights), tuple(tokens), eod_id, vocab_size, digest)
-
-
-def _check_files(prefix: Path) -> None:
-    for suffix in (".bin", ".idx"):
-        path = prefix.with_name(prefix.name + suffix)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+        raise UserError(f"{first_corpus.path}: the corpus holds no tokens")
+    return Blend(
+        tuple(prefixes), tuple(weights), tokens, first.split, first.tokenizer_digest, first.vocab_size, first.eod_id
+    )
 
 
 def build_rows(
@@ -196,7 +196,7 @@ def build_rows(
         random_seed=seed,
         sequence_length=config.sequence_length,
         blend=(list(blend.prefixes), list(blend.weights) if len(blend.prefixes) > 1 else None),
-        split=config.split,
+        split=",".join(str(share) for share in blend.split),
         path_to_cache=str(cache_dir),
         tokenizer=_TokenizerFacts(eod=blend.eod_id, vocab_size=blend.vocab_size),
         reset_position_ids=False,
@@ -209,5 +209,5 @@ def build_rows(
     built = BlendedMegatronDatasetBuilder(PackedDocuments, sizes, lambda: True, dataset_config).build()
     train, validation = built[Split.train.value], built[Split.valid.value]
     if train is None:
-        raise UserError(f"data.split={config.split!r} leaves nothing to train on")
+        raise UserError(f"split {blend.split} leaves nothing to train on")
     return CptRows(train), CptRows(validation) if validation is not None and validation_rows else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
 from megatron_medllm.config.train import RpoConfig
@@ -82,13 +83,13 @@ def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int) -> Pa
             rejected=encode_response(record["rejected"]),
             weight=float(record.get("weight") or 1.0),
         )
-        reason = None
         if len(pair.prompt) == 0:
             raise UserError(f"{where}: the prompt has no tokens")
-        if edit_distance_ratio(pair.chosen.ids, pair.rejected.ids) < config.rpo_guard.min_edit_distance:
+        distance = Levenshtein.normalized_distance(pair.chosen.ids.tolist(), pair.rejected.ids.tolist())
+        if distance == 0:
+            reason: str | None = "answers identical"
+        elif distance < config.rpo_guard.min_edit_distance:
             reason = "answers nearly identical"
-        elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
-            reason = "answers identical"
         else:
             pair, reason = _fit(pair, config, cut_length)
         if reason:
@@ -187,24 +188,6 @@ def _response(tokenizer: Tokenizer, text: str, masks: list[re.Pattern], tail: li
                 if start < match.end() and end > match.start():
                     preferred[index] = False
     return Response(np.array([*encoding.ids, *tail], dtype=np.int64), preferred)
-
-
-def edit_distance_ratio(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of the longer sequence that differs, by the longest common prefix and suffix: a lower bound of the
-    Levenshtein ratio's complement that costs linear time.
-
-    Returns:
-        0 for equal sequences, 1 where neither beginning nor end agree.
-    """
-    longest, shortest = max(len(a), len(b)), min(len(a), len(b))
-    if longest == 0:
-        return 0.0
-    different = np.flatnonzero(a[:shortest] != b[:shortest])
-    prefix = int(different[0]) if len(different) else shortest
-    rest = shortest - prefix
-    tail_different = np.flatnonzero(a[len(a) - rest :][::-1] != b[len(b) - rest :][::-1]) if rest else np.array([])
-    suffix = int(tail_different[0]) if len(tail_different) else rest
-    return 1 - (prefix + suffix) / longest
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -144,3 +146,24 @@ def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded
     if optimizer is not None:
         with torch.no_grad():  # upstream copies into fp32 parameters that require gradients
             optimizer.load_state_dict(loaded["optimizer"])
+
+
+def clip_and_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> tuple[bool, float]:
+    """Clip by the global norm and update the weights, unless the norm is not finite.
+
+    Upstream's `step` would clip by a NaN norm and so make every weight NaN.
+
+    Returns:
+        whether the weights were updated, and the gradient norm before clipping.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    for leaf in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        parameters = leaf.get_parameters()
+        if clip_grad > 0 and parameters:
+            decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, decoupled)
+    optimizer.step_with_ready_grads()
+    return True, norm

@@ -1,0 +1,137 @@
+"""One run: one YAML, `key=value` overrides, one frozen object.
+
+A recipe may fill in every stage (`medllm pipeline`) or one (`medllm train`). Wrong keys name the nearest right one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, Field, ValidationError
+from yaml import YAMLError
+
+from megatron_medllm.config.base import Section
+from megatron_medllm.config.cluster import ClusterConfig
+from megatron_medllm.config.corpus import CorpusConfig
+from megatron_medllm.config.demo import DemoConfig
+from megatron_medllm.config.exam import EvalConfig
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.model import ModelConfig
+from megatron_medllm.config.pairs import PairsConfig
+from megatron_medllm.config.train import CptConfig, RpoConfig
+from megatron_medllm.errors import UserError
+
+StageName = Literal["base", "cpt", "rpo"]
+
+
+class RunConfig(Section):
+    """Everything that one run is made of."""
+
+    name: str = Field(default="run", description="shown in reports and job names")
+    run_dir: Path = Field(description="where everything that the run makes goes")
+    data: Path | None = Field(default=None, description="a folder of inputs that the recipe refers to as ${data}")
+    seed: int = Field(default=0, ge=0)
+    stage: StageName = Field(default="cpt", description="what `medllm train` trains")
+    output: Path | None = Field(default=None, description="the stage's folder; default: RUN_DIR/STAGE")
+    model: ModelConfig
+    tokenizer: Path | None = Field(default=None, description="HF tokenizer folder; default: the model's")
+    layout: LayoutConfig = LayoutConfig()
+    corpora: dict[str, CorpusConfig] = Field(default={}, description="data sets that `medllm corpus build` makes")
+    base: CptConfig | None = Field(default=None, description="pretraining from random weights (miniatures)")
+    cpt: CptConfig | None = Field(default=None, description="continued pretraining")
+    rpo: RpoConfig | None = Field(default=None, description="preference optimization")
+    rounds: int = Field(default=1, ge=1, description="rounds of sample, pair, score, rpo")
+    controls: bool = Field(default=False, description="also train SFT-only and plain-DPO controls")
+    pairs: PairsConfig | None = None
+    eval: EvalConfig | None = None
+    demo: DemoConfig | None = Field(default=None, description="the invented miniature world")
+    cluster: ClusterConfig | None = None
+
+    def stage_config(self) -> CptConfig | RpoConfig:
+        """The section of the stage to train.
+
+        Raises:
+            UserError: the recipe has no such section.
+        """
+        section: CptConfig | RpoConfig | None = getattr(self, self.stage)
+        if section is None:
+            raise UserError(f"stage={self.stage}, but the configuration has no section {self.stage!r}")
+        return section
+
+    def output_dir(self) -> Path:
+        """Where the stage writes."""
+        return self.output or self.run_dir / self.stage
+
+    def tokenizer_dir(self) -> Path:
+        """The folder whose tokenizer goes with the model.
+
+        Raises:
+            UserError: neither `tokenizer` nor `model.path` is set, or it holds no tokenizer.json.
+        """
+        directory = self.tokenizer or self.model.path
+        if directory is None:
+            raise UserError("set tokenizer: the model starts from random weights and brings none")
+        if not (directory / "tokenizer.json").is_file():
+            raise UserError(f"{directory / 'tokenizer.json'}: no such file")
+        return directory
+
+    def tokenizer_file(self) -> Path:
+        """`tokenizer.json` of `tokenizer_dir()`."""
+        return self.tokenizer_dir() / "tokenizer.json"
+
+
+def load(path: Path, overrides: list[str]) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides.
+
+    Raises:
+        UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest known one
+            is named), a value has the wrong type, or sections contradict each other.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r}: expected key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key} must be given, as {error.full_key}=…") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, with the nearest known key where one is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(RunConfig, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"
+        return f"unknown key {where!r}{hint}{more}"
+    found = "" if isinstance(first["input"], dict | list) else f" (found {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}{found}{more}" if where else f"{message}{more}"
+
+
+def _fields_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _section_of(model.model_fields[str(part)].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """The pydantic model inside `X | None`, `dict[str, X]` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg)) is not None), None)

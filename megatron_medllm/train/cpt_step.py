@@ -1,0 +1,138 @@
+"""Continued pretraining: packed rows, token-mean loss."""
+
+from collections.abc import Iterator
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from megatron_medllm.config.run import RunConfig
+from megatron_medllm.config.train import CptConfig
+from megatron_medllm.data.cpt import build_rows, resolve_blend
+from megatron_medllm.data.microbatch import IGNORED, MicroBatch, concatenate
+from megatron_medllm.errors import UserError
+from megatron_medllm.losses.cpt import cpt_loss
+from megatron_medllm.parallel import mcore
+from megatron_medllm.parallel.reduce import sum_metrics
+from megatron_medllm.parallel.runtime import Runtime
+
+
+class CptStep:
+    """Rows `[k * batch, (k + 1) * batch)` of the blend make up step k, in any layout."""
+
+    unit = "rows"
+    metric_names = ("loss", "count", "tokens")
+
+    def __init__(self, run: RunConfig, config: CptConfig, runtime: Runtime, *, output_dir: Path) -> None:
+        self._config, self._runtime, self._backend = config, runtime, run.model.backend
+        blend = resolve_blend(config.data)
+        vocab_size = run.model.resolve_shape().vocab_size
+        if blend.vocab_size > vocab_size:
+            raise UserError(
+                f"cpt.data was tokenized with {blend.vocab_size} ids, but the model's vocabulary has {vocab_size}"
+            )
+        per_round = config.micro_batch_size * runtime.dp_size
+        if config.global_batch_size % per_round:
+            raise UserError(
+                f"global_batch_size={config.global_batch_size} is not a multiple of "
+                f"micro_batch_size x dp = {config.micro_batch_size} x {runtime.dp_size}"
+            )
+        if config.sequence_length % (runtime.layout.tp if runtime.layout.sp else 1):
+            raise UserError(f"sequence_length={config.sequence_length} is not a multiple of tp={runtime.layout.tp}")
+        tokens = config.train_tokens or int((config.epochs or 0) * blend.train_tokens)
+        self._batch_sizes = _batch_sizes(tokens // config.sequence_length, config, per_round)
+        if not self._batch_sizes:
+            raise UserError(f"{tokens} tokens do not fill one batch of {config.global_batch_size} rows")
+        self._starts = [0]
+        for size in self._batch_sizes:
+            self._starts.append(self._starts[-1] + size)
+        self.total_steps = len(self._batch_sizes)
+        self._rows, self._validation = build_rows(
+            config,
+            blend,
+            seed=run.seed,
+            train_rows=self._starts[-1],
+            validation_rows=config.validation_batches * config.global_batch_size,
+            loss_after=_marker_ids(config.loss_after, run),
+            cache_dir=output_dir / "index-cache",
+        )
+
+    @property
+    def stream_length(self) -> int:
+        return self._config.micro_batch_size * self._config.sequence_length
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        return self._assemble(self._rows, self._starts[step], self._batch_sizes[step])
+
+    def _assemble(self, rows: Any, first: int, count: int) -> list[MicroBatch]:
+        size, replica, replicas = self._config.micro_batch_size, self._runtime.dp_rank, self._runtime.dp_size
+        starts = range(first + replica * size, first + count, size * replicas)
+        return [concatenate([rows[i] for i in range(start, start + size)]) for start in starts]
+
+    def forward(self, iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        micro_batch = next(iterator)
+        # Every counted token's loss is -log p: its gradient is known before the backward pass.
+        uniform_grad = None if self._config.z_loss else -1.0
+        inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend, uniform_grad=uniform_grad)
+        return chunk(**inputs), partial(self._loss, micro_batch, inputs["labels"][0] != IGNORED)
+
+    def _loss(self, micro_batch: MicroBatch, counted: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+        loss = cpt_loss(output[0], output[1], counted, z_loss=self._config.z_loss)
+        count = counted.sum()
+        tokens = torch.tensor(len(micro_batch.tokens))
+        return loss, count.int(), {"loss": loss.detach(), "count": count, "tokens": tokens}
+
+    def consumed(self, step: int) -> list[Any]:
+        start = self._starts[step]
+        rows = range(start, start + self._batch_sizes[step])
+        return [[astuple(span) for span in self._rows.spans(row)] for row in rows]
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        return {
+            "loss": sums["loss"] / max(sums["count"], 1),
+            "counted_tokens": sums["count"],
+            "tokens": sums["tokens"],
+        }
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """The language-model loss has no signs of its own; the loop watches for NaN and spikes."""
+
+    def validate(self, chunks: list[nn.Module]) -> dict[str, float]:
+        if self._validation is None:
+            return {}
+        batch = self._config.micro_batch_size * self._runtime.dp_size
+        count = min(len(self._validation) // batch, self._config.validation_batches) * batch
+        if count == 0:
+            return {}
+        micro_batches = self._assemble(self._validation, 0, count)
+        parts = mcore.run_micro_batches(
+            self.forward, chunks, micro_batches, stream_length=self.stream_length, forward_only=True
+        )
+        loss = self.summarize(sum_metrics(parts, self.metric_names, self._runtime))["loss"]
+        return {"validation_loss": loss}
+
+
+def _batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
+    """Rows of every step: a linear ramp in whole rounds, then the full batch, as long as rows last."""
+    sizes: list[int] = []
+    used = 0
+    while True:
+        full, step = config.global_batch_size, len(sizes)
+        size = full
+        if step < config.batch_ramp_steps:
+            size = max(per_round, full * (step + 1) // (config.batch_ramp_steps + 1) // per_round * per_round)
+        if used + size > rows:
+            return sizes
+        sizes.append(size)
+        used += size
+
+
+def _marker_ids(markers: tuple[str, ...], run: RunConfig) -> tuple[tuple[int, ...], ...]:
+    if not markers:
+        return ()
+    tokenizer = Tokenizer.from_file(str(run.tokenizer_file()))
+    return tuple(tuple(tokenizer.encode(marker, add_special_tokens=False).ids) for marker in markers)

@@ -1,0 +1,77 @@
+"""Starts this machine's processes when a command needs more than one and nobody else started them."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.errors import UserError
+
+
+def needed(layout: LayoutConfig) -> int:
+    """Processes to start here: 0 when an outer launcher started them already, or one is enough.
+
+    Raises:
+        UserError: the layout spans several nodes, which only srun or torchrun on each can start.
+    """
+    if "WORLD_SIZE" in os.environ or layout.world_size == 1:
+        return 0
+    if layout.nodes > 1:
+        raise UserError(
+            f"layout.nodes={layout.nodes}: start this command on every node (medllm submit, srun or torchrun do)"
+        )
+    return layout.world_size
+
+
+def run_ranks(arguments: list[str], *, processes: int) -> int:
+    """Run `medllm ARGUMENTS` as that many ranks; signals are passed on to them.
+
+    Returns:
+        the exit status of the first rank that failed, else 0. (torchrun itself would turn every failure into 1.)
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_medllm", *arguments],
+            env=environment | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, pass_on)
+    return _wait(ranks)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout."""
+    status = 0
+    waiting = list(ranks)
+    while waiting:
+        for rank in list(waiting):
+            try:
+                code = rank.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            waiting.remove(rank)
+            if code and not status:
+                status = code
+                if code not in (0, 85):
+                    for other in waiting:
+                        other.terminate()
+    return status if status >= 0 else 128 - status
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,179 @@
+"""The training loop: fetch, step, log, save, stop."""
+
+import logging
+import math
+import shutil
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_medllm.checkpoint.hf_writer import export_hf
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
+from megatron_medllm.config.run import RunConfig
+from megatron_medllm.data.ledger import Ledger
+from megatron_medllm.models.qwen25 import DTYPES
+from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel.reduce import sum_metrics
+from megatron_medllm.progress import progress
+from megatron_medllm.train.guard import LossGuard
+from megatron_medllm.train.metrics import MetricsLog
+from megatron_medllm.train.schedule import learning_rate
+from megatron_medllm.train.setup import Trainer, build_trainer
+from megatron_medllm.train.signals import stop_requests
+from megatron_medllm.train.throughput import StepClock, Throughput
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunConfig, *, resume: bool = True) -> int:
+    """Train `run.stage` on the processes that are here, from the newest checkpoint that verifies.
+
+    Returns:
+        0 when all steps are done and the model is exported; REQUEUE_EXIT_CODE when it stopped early and saved.
+
+    Raises:
+        UserError: the configuration and the inputs do not fit, or the run went wrong beyond repair.
+    """
+    ranks = runtime.start(run.layout, seed=run.seed)
+    try:
+        trainer = build_trainer(run, ranks)
+        first = _resume(trainer) if resume else 0
+        if not _fit(trainer, first):
+            return REQUEUE_EXIT_CODE
+        _export(trainer)
+        return 0
+    finally:
+        runtime.stop()
+
+
+def _export(trainer: Trainer) -> None:
+    """Write the trained model as OUTPUT/hf, in place of what an earlier run of the stage left there."""
+    run, hf_dir = trainer.run, trainer.run.output_dir() / "hf"
+    if trainer.runtime.is_main:
+        shutil.rmtree(hf_dir, ignore_errors=True)
+    dist.barrier()
+    export_hf(
+        trainer.chunks,
+        run.model.resolve_shape(),
+        hf_dir,
+        runtime=trainer.runtime,
+        source_dir=run.tokenizer_dir(),
+        dtype=DTYPES[run.model.dtype],
+    )
+
+
+def _fit(trainer: Trainer, first: int) -> bool:
+    """Run steps [first, total); False when a signal or the clock stopped it early, after a save."""
+    step_object, ranks, config = trainer.step, trainer.runtime, trainer.config
+    books = _Books(trainer, first)
+    guard = LossGuard(config.guard)
+    step = first
+    with progress(trainer.run.stage, total=step_object.total_steps) as bar, stop_requests(config.guard) as stop:
+        while step < step_object.total_steps:
+            clock = StepClock()
+            metrics, problem = _train_step(trainer, step, guard, clock)
+            stop.note_step(clock.seconds())
+            books.record(step, metrics, clock, problem)
+            step += 1
+            bar.update(step, f"loss {metrics['loss']:.4f}")
+            if guard.note(metrics["loss"], skipped=problem is not None):
+                step = _resume(trainer)
+                books.cut(step)
+                continue
+            reason = stop.reason(ranks)
+            if reason or step == step_object.total_steps or _due(step, config.checkpoint.every_steps):
+                started = time.monotonic()
+                trainer.checkpoints.save(step, trainer.chunks, trainer.optimizer, trainer.identity)
+                stop.note_save(time.monotonic() - started)
+            if _due(step, config.validate_every_steps) or step == step_object.total_steps:
+                books.record_validation(step, step_object.validate(trainer.chunks))
+            if reason and step < step_object.total_steps:
+                log.warning("stopping after step %d of %d: %s", step, step_object.total_steps, reason)
+                books.close()
+                return False
+    books.close()
+    return True
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _train_step(trainer: Trainer, step: int, guard: LossGuard, clock: StepClock) -> tuple[dict[str, float], str | None]:
+    """Forward, backward and, unless the numbers are not to be trusted, update. Returns metrics and the problem."""
+    config, step_object = trainer.config, trainer.step
+    rate = learning_rate(step, total_steps=step_object.total_steps, config=config.optimizer)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(trainer.run.seed * 1_000_003 + step)  # dropout repeats after a resume
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    with clock.part("data"):
+        micro_batches = step_object.micro_batches(step)
+    with clock.part("forward_backward"):
+        parts = mcore.run_micro_batches(
+            step_object.forward, trainer.chunks, micro_batches, stream_length=step_object.stream_length
+        )
+    metrics = step_object.summarize(sum_metrics(parts, step_object.metric_names, trainer.runtime))
+    problem = guard.problem(metrics["loss"])
+    metrics["grad_norm"] = math.nan
+    if problem is None:
+        with clock.part("optimizer"):
+            clip = config.optimizer.clip_grad
+            updated, metrics["grad_norm"] = mcore.clip_and_step(trainer.optimizer, clip_grad=clip)
+        if not updated:
+            problem = f"the gradient norm is {metrics['grad_norm']}"
+    metrics["lr"] = rate
+    step_object.check(step, metrics)
+    return metrics, problem
+
+
+def _resume(trainer: Trainer) -> int:
+    """Load the newest checkpoint that verifies; the steps it has behind it, 0 where there is none."""
+    newest = trainer.checkpoints.newest_verified()
+    if newest is None:
+        return 0
+    log.info("resuming from %s", newest)
+    return trainer.checkpoints.load(newest, trainer.chunks, trainer.optimizer, trainer.identity)
+
+
+class _Books:
+    """What the main process writes down of every step: ledger, metrics, messages."""
+
+    def __init__(self, trainer: Trainer, first: int) -> None:
+        self._trainer = trainer
+        self._throughput = Throughput(trainer.run, trainer.runtime)
+        self._log: MetricsLog | None = None
+        output_dir = trainer.run.output_dir()
+        self._ledger = Ledger(output_dir / "ledger.jsonl")
+        if trainer.runtime.is_main:
+            settings: dict[str, Any] = trainer.run.model_dump(mode="json")
+            self._log = MetricsLog(output_dir, wandb_project=trainer.config.wandb_project, config=settings)
+            self.cut(first)
+
+    def cut(self, step: int) -> None:
+        if self._log is not None:
+            self._log.cut(step)
+            self._ledger.cut(step)
+
+    def record(self, step: int, metrics: dict[str, float], clock: StepClock, problem: str | None) -> None:
+        if self._log is None:
+            return
+        done = step + 1
+        self._ledger.append(done, [] if problem else self._trainer.step.consumed(step))
+        if problem:
+            log.warning("step %d skipped: %s", done, problem)
+        if done % self._trainer.config.log_every_steps == 0 or problem:
+            numbers = metrics | self._throughput.of(metrics, clock) | {"skipped": float(problem is not None)}
+            self._log.write(done, numbers)
+
+    def record_validation(self, step: int, metrics: dict[str, float]) -> None:
+        if self._log is not None and metrics:
+            self._log.write(step, metrics)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

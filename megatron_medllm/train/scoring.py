@@ -1,0 +1,123 @@
+"""Reference scoring: the model's log-probabilities of every pair, once, in any layout, resumable."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_medllm.config.run import RunConfig
+from megatron_medllm.config.train import RpoConfig
+from megatron_medllm.data.pairs import Pair, PairSet, load_pairs, pack_pairs, plan_micro_batches
+from megatron_medllm.data.reference import ReferenceCache, ReferenceKey, digest_pairs
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.progress import progress
+from megatron_medllm.storage import digest_file, digest_value
+from megatron_medllm.train.response_sums import sum_by_response
+from megatron_medllm.train.setup import build_chunks
+
+log = logging.getLogger(__name__)
+
+_PAIRS_PER_PART = 1024
+
+
+def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
+    """The pairs of a run, tokenized with its model's tokenizer."""
+    capacity = config.micro_batch_size * config.sequence_length
+    return load_pairs(config, run.tokenizer_dir(), cut_length=capacity)
+
+
+def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
+    """What the reference log-probabilities of this run depend on. With LoRA the base is the reference.
+
+    Raises:
+        UserError: the model has no directory: random weights are no reference.
+    """
+    if run.model.path is None:
+        raise UserError("model.path: the reference must be a model directory, not random weights")
+    return ReferenceKey(weights=digest_weights(run.model.path), pairs=digest_pairs(pair_set), dtype=run.model.dtype)
+
+
+def digest_weights(hf_dir: Path) -> str:
+    """Digest of an HF directory's tensors and shape."""
+    files = [*sorted(hf_dir.glob("*.safetensors")), hf_dir / "config.json"]
+    return digest_value({path.name: digest_file(path) for path in files})
+
+
+def score(run: RunConfig) -> Path:
+    """Run the reference over the pairs of `run.rpo` and write its log-probabilities. Collective.
+
+    Returns:
+        the cache's folder.
+
+    Raises:
+        UserError: no rpo section, no pairs, or no model directory.
+    """
+    if run.rpo is None:
+        raise UserError("medllm score needs the section 'rpo'")
+    config = run.rpo
+    ranks = runtime.start(run.layout, seed=run.seed)
+    try:
+        chunks = build_chunks(run, ranks, adapter=None)
+        pair_set = load_run_pairs(run, config)
+        cache = ReferenceCache(config.reference or run.run_dir / "reference")
+        done: list[Any] = [None]
+        if ranks.is_main:
+            done = [cache.open_for_writing(reference_key(run, config, pair_set))]
+        dist.broadcast_object_list(done, src=0)
+        parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
+        with progress("score", total=len(pair_set.pairs)) as bar:
+            for number, part in enumerate(parts):
+                if any(pair.row not in done[0] for pair in part):
+                    columns = _score_part(part, run, config, ranks, chunks)
+                    if ranks.is_main:
+                        cache.write_part(number, columns)
+                bar.update(min((number + 1) * _PAIRS_PER_PART, len(pair_set.pairs)))
+        log.info("scored %d pairs, dropped %d", len(pair_set.pairs), len(pair_set.dropped))
+        return cache.directory
+    finally:
+        runtime.stop()
+
+
+@torch.no_grad()
+def _score_part(
+    pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime, chunks: list
+) -> dict[str, np.ndarray]:
+    """Log-probabilities and lengths of some pairs, gathered from all replicas."""
+    share = config.share_prompt and run.model.backend == "torch"
+    capacity = config.micro_batch_size * config.sequence_length
+    lengths = [pair.packed_length(share_prompt=share) for pair in pairs]
+    plan = plan_micro_batches(lengths, capacity=capacity, replicas=ranks.dp_size)
+    fixed = capacity if ranks.layout.pp > 1 else None
+    streams = [
+        pack_pairs([pairs[i] for i in stream], share_prompt=share, stream_length=fixed, multiple=ranks.layout.tp)
+        for stream in plan[ranks.dp_rank]
+    ]
+
+    def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
+        stream = next(iterator)
+        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend))
+        return output, partial(_collect, stream)
+
+    found = mcore.run_micro_batches(forward, chunks, streams, stream_length=capacity, forward_only=True)
+    rows = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, rows)
+    table = {row: values for part in gathered for row, values in part.items()}
+    order = [pair.row for pair in pairs]
+    names = ("chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
+    values = np.array([table[row] for row in order], dtype=np.float64)
+    return {"row": np.array(order), **{name: values[:, i] for i, name in enumerate(names)}}
+
+
+def _collect(stream: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=output.device)
+    if not stream.rows:
+        return output.sum(), count, {"rows": {}}
+    sums = sum_by_response(output[0], stream)
+    columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
+    return output.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}

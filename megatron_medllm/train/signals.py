@@ -1,0 +1,63 @@
+"""Reasons to stop early, agreed on by all processes: a signal from Slurm, or the end of the allotted time."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_medllm.config.train import GuardConfig
+from megatron_medllm.parallel.runtime import Runtime
+
+WALLTIME_VARIABLE = "MEDLLM_WALLTIME_S"
+_STARTED_VARIABLE = "MEDLLM_STARTED_AT"
+_MARGIN = 1.5  # a save and a step may take this much longer than any before
+
+
+class StopRequests:
+    """Collects signals and watches the clock."""
+
+    def __init__(self, guard: GuardConfig) -> None:
+        walltime = guard.walltime_s or float(os.environ.get(WALLTIME_VARIABLE, "inf"))
+        self._deadline = float(os.environ.get(_STARTED_VARIABLE, str(time.time()))) + walltime
+        self._signal: str | None = None
+        self._longest_step_s = 0.0
+        self._longest_save_s = 0.0
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """Remember the signal; the loop acts on it after the step."""
+        self._signal = signal.Signals(number).name
+
+    def note_step(self, seconds: float) -> None:
+        """Learn how long a step takes."""
+        self._longest_step_s = max(self._longest_step_s, seconds)
+
+    def note_save(self, seconds: float) -> None:
+        """Learn how long a save takes."""
+        self._longest_save_s = max(self._longest_save_s, seconds)
+
+    def reason(self, runtime: Runtime) -> str | None:
+        """Why the run should save and stop now; the same answer on every process. Collective."""
+        needed_s = _MARGIN * (self._longest_step_s + self._longest_save_s)
+        late = time.time() + needed_s > self._deadline
+        votes = torch.tensor([self._signal is not None, late], dtype=torch.int32, device=runtime.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        if votes[0]:
+            return self._signal or "a signal on another process"
+        return "the time limit" if votes[1] else None
+
+
+@contextmanager
+def stop_requests(guard: GuardConfig) -> Iterator[StopRequests]:
+    """Listen for SIGTERM and SIGUSR1 while the block runs."""
+    requests = StopRequests(guard)
+    previous = {number: signal.signal(number, requests.on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
