@@ -8,8 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shapes, local_pieces, weight_of_parameter
-from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, read_header, read_slice
+from megatron_medllm.checkpoint.names import (
+    EMBEDDING,
+    OUTPUT,
+    Piece,
+    Weight,
+    hf_shapes,
+    local_pieces,
+    weight_of_parameter,
+)
+from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, digest_entry, read_header, read_slice
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.qwen25 import global_parameters, unwrap
@@ -93,10 +101,15 @@ class HFWeights:
             tp_rank: this rank within its tensor-parallel group.
             tp_size: size of that group.
         """
+        pieces = local_pieces(weight, self.shape, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size)
+        return self.read_pieces(weight, pieces)
+
+    def read_pieces(self, weight: Weight, pieces: list[Piece]) -> torch.Tensor:
+        """Consecutive pieces of a Megatron tensor, joined along its axis, in the HF dtype, on the CPU."""
         axis = weight.axis or 0
         _, first = self.place[weight.hf[0]]
         parts = []
-        for piece in local_pieces(weight, self.shape, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size):
+        for piece in pieces:
             if piece.hf is None:
                 padding = list(first.shape)
                 padding[axis] = len(piece)
@@ -104,6 +117,18 @@ class HFWeights:
             else:
                 parts.append(self.read(piece.hf, axis=axis, start=piece.start, stop=piece.stop))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, in hex.
+
+        Raises:
+            UserError: the shard became shorter since it was opened.
+        """
+        path, entry = self.place[name]
+        try:
+            return digest_entry(path, entry)
+        except EOFError:
+            raise UserError(f"{path}: truncated inside tensor {name!r}") from None
 
 
 def _and_more(names: list[str]) -> str:

@@ -9,7 +9,7 @@ name until every process has finished, so it is either whole or absent.
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from megatron_medllm.checkpoint.hf_reader import INDEX_NAME, SINGLE_NAME, chunk_weights
 from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shape, hf_shapes, local_pieces
-from megatron_medllm.checkpoint.safetensors_file import Entry, byte_view, create_file, plan_file, write_fully
+from megatron_medllm.checkpoint.safetensors_file import (
+    Entry,
+    byte_view,
+    create_file,
+    digest_entry,
+    plan_file,
+    write_fully,
+)
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.runtime import Runtime
@@ -82,12 +89,30 @@ class HFTarget:
         finally:
             os.close(fd)
 
+    def flush(self, names: Iterable[str]) -> None:
+        """Force the files of these tensors to the disk.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        for file_name in {self.place[name][0] for name in names}:
+            path = self.hf_dir / file_name
+            fd = os.open(path, os.O_WRONLY)
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise full_disk_error(error, path) from error
+            finally:
+                os.close(fd)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes as written, in hex."""
+        file_name, entry = self.place[name]
+        return digest_entry(self.hf_dir / file_name, entry)
+
     def finish(self, *, shape: ModelShape, source_dir: Path | None, digests: dict[str, str]) -> None:
         """Flush the files and write what lies beside them: index, digests, config.json, tokenizer."""
-        for file_name in self.headers:
-            fd = os.open(self.hf_dir / file_name, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+        self.flush(self.place)
         if len(self.headers) > 1:
             weight_map = {name: file_name for name, (file_name, _) in self.place.items()}
             total = sum(entry.size for _, entry in self.place.values())

@@ -102,6 +102,12 @@ def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
     return {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}.get(name)
 
 
+def stacked_name(weight: Weight) -> tuple[str, int | None]:
+    """A weight's key in a distributed checkpoint, where all layers form one tensor, and its layer in it."""
+    match = _PARAMETER.fullmatch(weight.mcore)
+    return (f"{LAYER_PREFIX}{match['rest']}", int(match["layer"])) if match else (weight.mcore, None)
+
+
 def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The shape of one HF tensor.
 
@@ -177,11 +183,11 @@ def local_pieces(weight: Weight, shape: ModelShape, *, local_size: int, tp_rank:
         padding = block_size * tp_size - sum(map(len, block))
         if rest or padding < 0 or (padding and not weight.may_pad):
             raise ValueError(f"{weight.mcore}: {local_size} entries on each of {tp_size} ranks do not fit the model")
-        pieces += _cut([*block, Piece(None, 0, padding)], tp_rank * block_size, (tp_rank + 1) * block_size)
+        pieces += cut_pieces([*block, Piece(None, 0, padding)], tp_rank * block_size, (tp_rank + 1) * block_size)
     return pieces
 
 
-def _cut(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+def cut_pieces(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
     """The part [start, stop) of a run of pieces."""
     found, at = [], 0
     for piece in pieces:

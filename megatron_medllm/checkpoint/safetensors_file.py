@@ -6,6 +6,7 @@ and it writes only whole files at once. Here a reader touches just the bytes it 
 and several processes can fill one file, each at its own place.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_medllm.storage import full_disk_error
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,18 @@ def _read_fully(fd: int, into: memoryview, offset: int) -> None:
         if count == 0:
             raise EOFError
         done += count
+
+
+def digest_entry(path: Path, entry: Entry) -> str:
+    """SHA-256 of one tensor's bytes, in hex."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(min(entry.size, _BLOCK_BYTES)))
+    with open(path, "rb") as stream:
+        for start in range(0, entry.size, _BLOCK_BYTES):
+            part = block[: min(_BLOCK_BYTES, entry.size - start)]
+            _read_fully(stream.fileno(), part, entry.offset + start)
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_fully(fd: int, data: memoryview, offset: int) -> None:

@@ -1,0 +1,305 @@
+"""Megatron-Core's distributed checkpoint format (`torch_dist`), written and read piece by piece without a model.
+
+A checkpoint directory holds `.distcp` files full of items, each one `torch.save` of a chunk of a tensor (or of a small
+object); `.metadata`, a pickle that says which chunk of which tensor lies where; and Megatron's `metadata.json` and
+`common.pt`. A tensor may be cut into any grid of chunks and any layout can load it, so a tensor never has to be in
+memory as a whole: we cut it into runs of rows.
+
+Pickles can run code. `.metadata` is therefore read by an unpickler that knows nothing but the classes of this format,
+and items are loaded with `weights_only`. Megatron-Core's own loader unpickles both without such care: call
+`refuse_unsafe` first on a checkpoint that somebody else made.
+"""
+
+import hashlib
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_medllm.checkpoint.names import Weight, stacked_name
+from megatron_medllm.config.model import ModelShape
+from megatron_medllm.errors import UserError
+from megatron_medllm.storage import atomic_write, read_json, write_json
+
+METADATA_NAME = ".metadata"
+MODEL_NAME = "model.json"
+FILE_DIGESTS_NAME = "digests.json"  # training checkpoints: file -> SHA-256
+CARRIED_DIR = "hf"  # tokenizer, generation settings and config.json of the model's HF directory
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# Empty here, but Megatron's modules look for theirs on loading: per layer, and of the whole model.
+_LAYER_OBJECTS = tuple(
+    f"{module}._extra_state"
+    for module in (
+        "self_attention.core_attention",
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
+)
+_CHECKPOINT = "torch.distributed.checkpoint"
+_KNOWN_CLASSES = {
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a `.distcp` file. `offsets` and `sizes` (of the chunk in its tensor) are None for an object."""
+
+    key: str
+    offsets: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None
+    file: str
+    start: int  # bytes
+    length: int  # bytes
+    sha256: str | None
+
+
+def serialize(value: Any) -> memoryview:
+    """The bytes of an item."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getbuffer()
+
+
+def object_keys(shape: ModelShape) -> list[str]:
+    """Keys of the empty objects that Megatron's modules expect to find."""
+    layers = shape.num_layers
+    keys = [f"decoder.layers.{name}/shard_{n}_{layers}" for n in range(layers) for name in _LAYER_OBJECTS]
+    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
+
+
+def write_index(directory: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype, items: list[Item]) -> None:
+    """Write what makes a directory of `.distcp` files a checkpoint.
+
+    Args:
+        directory: holds the files that the items name.
+        tensors: key -> shape of each whole tensor.
+        dtype: of all tensors.
+        items: every chunk and object.
+    """
+    properties = TensorProperties(dtype=dtype)
+    entries: dict[str, Any] = {
+        key: TensorStorageMetadata(properties, torch.Size(shape), []) for key, shape in tensors.items()
+    }
+    storage = {}
+    for item in items:
+        if item.offsets is None or item.sizes is None:
+            entries[item.key] = BytesStorageMetadata()
+        else:
+            chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
+            entries[item.key].chunks.append(chunk)
+        storage[MetadataIndex(item.key, item.offsets)] = _StorageInfo(item.file, item.start, item.length)
+    with atomic_write(directory / METADATA_NAME) as stream:
+        pickle.dump(Metadata(entries, storage_data=storage), stream)
+    with atomic_write(directory / "common.pt") as stream:
+        torch.save({}, stream)
+    write_json(directory / "metadata.json", _FORMAT)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds checkpoint metadata and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN_CLASSES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored part of one Megatron tensor: rows from `row`, columns from `column` (0 for vectors)."""
+
+    row: int
+    column: int
+    sizes: tuple[int, ...]
+    item: Item
+
+
+class TorchDistReader:
+    """Reads the tensors of a distributed checkpoint, chunk by chunk."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the metadata; no tensor is read.
+
+        Raises:
+            UserError: not a torch_dist checkpoint, or its metadata is damaged or holds foreign code.
+        """
+        self.directory = directory
+        if not (directory / "metadata.json").exists():
+            raise UserError(f"{directory}: not a distributed checkpoint (no metadata.json)")
+        backend = read_json(directory / "metadata.json").get("sharded_backend")
+        if backend != "torch_dist":
+            raise UserError(f"{directory / 'metadata.json'}: format {backend!r}; only 'torch_dist' is read")
+        self._metadata = _read_metadata(directory / METADATA_NAME)
+        self._digests = self._item_digests()
+
+    def _item_digests(self) -> dict[tuple[str, int], str]:
+        model = self.directory / MODEL_NAME
+        rows = read_json(model).get("items", []) if model.exists() else []
+        return {(file, start): sha256 for file, start, sha256 in rows}
+
+    def shape_of(self, key: str) -> tuple[int, ...] | None:
+        """Shape of a stored tensor, None if there is none of this key."""
+        entry = self._metadata.state_dict_metadata.get(key)
+        return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return self._tensor(key).properties.dtype
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry
+
+    def find(self, weight: Weight) -> tuple[str, int | None]:
+        """Key of a weight, and its index in that tensor where all layers are stacked in one.
+
+        Raises:
+            UserError: the checkpoint lacks it.
+        """
+        key, layer = stacked_name(weight)
+        if self.shape_of(key) is not None:
+            return key, layer
+        if self.shape_of(weight.mcore) is not None:
+            return weight.mcore, None
+        raise UserError(f"{self.directory}: tensor {weight.mcore!r} is missing")
+
+    def chunks(self, key: str, layer: int | None) -> list[Chunk]:
+        """The stored parts of one weight, by row, then column.
+
+        Raises:
+            UserError: the parts do not add up to the whole tensor.
+        """
+        entry = self._tensor(key)
+        skip = 0 if layer is None else 1
+        found = []
+        for chunk in entry.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+                continue
+            place = self._metadata.storage_data[MetadataIndex(key, offsets)]
+            digest = self._digests.get((place.relative_path, place.offset))
+            item = Item(key, offsets, sizes, place.relative_path, place.offset, place.length, digest)
+            inner = offsets[skip:]
+            found.append(Chunk(inner[0], inner[1] if len(inner) > 1 else 0, sizes[skip:], item))
+        if sum(torch.Size(c.sizes).numel() for c in found) != torch.Size(entry.size[skip:]).numel():
+            raise UserError(f"{self.directory}: tensor {key!r} is stored incompletely")
+        return sorted(found, key=lambda chunk: (chunk.row, chunk.column))
+
+    def load(self, chunk: Chunk, layer: int | None) -> Tensor:
+        """Read and check one chunk, on the CPU.
+
+        Raises:
+            UserError: the file is missing, truncated, or does not match the recorded digest.
+        """
+        tensor = load_item(self.directory, chunk.item)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{self.directory / chunk.item.file}: item {chunk.item.key!r} is not a tensor")
+        if layer is not None:
+            assert chunk.item.offsets is not None
+            tensor = tensor.view(chunk.item.sizes or ())[layer - chunk.item.offsets[0]]
+        if tuple(tensor.shape) != chunk.sizes:
+            raise UserError(
+                f"{self.directory / chunk.item.file}: item {chunk.item.key!r} has another shape than recorded"
+            )
+        return tensor
+
+    def refuse_unsafe_objects(self) -> None:
+        """Load every stored object with `weights_only`.
+
+        Raises:
+            UserError: one of them would run code or is damaged.
+        """
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata):
+                place = self._metadata.storage_data[MetadataIndex(key)]
+                load_item(self.directory, Item(key, None, None, place.relative_path, place.offset, place.length, None))
+
+
+def load_item(directory: Path, item: Item) -> Any:
+    """Read one item, check its digest where one is known, and load it with `weights_only`.
+
+    Raises:
+        UserError: names the file and the item at fault.
+    """
+    path = directory / item.file
+    if path.parent != directory:
+        raise UserError(f"{directory / METADATA_NAME}: item {item.key!r} points outside the checkpoint: {item.file!r}")
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(item.start)
+            data = stream.read(item.length)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though {METADATA_NAME} names it") from None
+    if len(data) < item.length:
+        raise UserError(f"{path}: truncated inside {item.key!r}")
+    if item.sha256 is not None and hashlib.sha256(data).hexdigest() != item.sha256:
+        raise UserError(f"{path}: {item.key!r} at {list(item.offsets or ())} does not match its digest: a damaged file")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path}: cannot read {item.key!r}: {str(error).splitlines()[0]}") from None
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with open(path, "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: not the metadata of a distributed checkpoint: {error}") from None
+    except (EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__})") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path}: not the metadata of a distributed checkpoint")
+    return metadata
+
+
+def refuse_unsafe(directory: Path) -> None:
+    """Check that loading this checkpoint with Megatron-Core would run no foreign code.
+
+    Raises:
+        UserError: names the file that would, or that is damaged.
+    """
+    TorchDistReader(directory).refuse_unsafe_objects()
