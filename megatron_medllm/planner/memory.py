@@ -52,8 +52,8 @@ def stage_memory(workload: Workload, *, stage: int, reserved_bytes: int = 0) -> 
 
 
 def peak_bytes(workload: Workload, *, reserved_bytes: int) -> int:
-    """Bytes on the fullest GPU of all stages. The first or the last is always the fullest: both extremes are there."""
-    stages = {0, workload.layout.pp - 1}
+    """Bytes on the fullest GPU: the first stage, the last, or (when those are cut short) the second."""
+    stages = {0, min(1, workload.layout.pp - 1), workload.layout.pp - 1}
     return max(stage_memory(workload, stage=s, reserved_bytes=reserved_bytes).total_bytes for s in stages)
 
 

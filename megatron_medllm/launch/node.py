@@ -1,0 +1,160 @@
+"""Runs once per node under `srun`: check the node, then start its ranks and pass on why they stopped.
+
+    python -m megatron_medllm.launch.node RUN STAGE
+
+Ranks are started by torch's elastic agent (what `torchrun` runs) with a static rendezvous at the first node of the
+allocation, and no restarts of its own: Slurm restarts the job. Slurm sends USR1 and TERM to every process of the
+step, so the trainer gets them itself; the agent must survive them, or it would kill the trainer while it saves.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE
+from megatron_medllm.launch.jobs import RunFiles, read_specification
+from megatron_medllm.storage import write_json
+
+# Ranks that are still saving when another one has already left get this long before they are killed.
+SHUTDOWN_TIMEOUT_S = 600
+RENDEZVOUS_TIMEOUT_S = 600
+PORT_BASE, PORT_RANGE = 20_000, 10_000
+
+
+def main(run: Path, stage: str) -> int:
+    """Check this node, run the stage's command on it, and return the exit status for `srun`."""
+    files = RunFiles(run.resolve())
+    spec = read_specification(files, stage)
+    for name in (signal.SIGUSR1, signal.SIGTERM):
+        # A handler, not SIG_IGN: that would be inherited by ranks which have not set theirs up yet.
+        signal.signal(name, lambda *_: None)
+    problem = node_problem(files.run, spec)
+    if problem:
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        write_json(files.unfit_nodes / f"{node}.json", {"reason": problem, "job_id": os.environ.get("SLURM_JOB_ID")})
+        print(f"{node}: {problem}", file=sys.stderr)
+        return UNFIT_NODE_EXIT_CODE
+    logs = log_directory(files, stage)
+    if not spec["processes_per_node"]:
+        return run_once(spec["command"], logs)
+    checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
+    status = run_ranks(checks, spec, logs / "health", port_offset=0)
+    return status or run_ranks(spec["command"], spec, logs, port_offset=1)
+
+
+def node_problem(run: Path, spec: dict[str, Any]) -> str | None:
+    """What makes this node unfit on its own: missing GPUs, no disk, or a run directory that it cannot write."""
+    if spec["gpus_per_node"] and spec["check_gpus"]:
+        found = count_gpus()
+        if found < spec["gpus_per_node"]:
+            return f"{found} usable GPUs, {spec['gpus_per_node']} expected"
+    free_gib = shutil.disk_usage(run).free / 2**30
+    if free_gib < spec["min_free_disk_gib"]:
+        return f"{free_gib:.1f} GiB free at {run}, {spec['min_free_disk_gib']:g} needed"
+    if not os.access(run, os.W_OK):
+        return f"{run} is not writable"
+    return None
+
+
+def count_gpus() -> int:
+    """GPUs that the driver answers for."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    return len(done.stdout.splitlines()) if done.returncode == 0 else 0
+
+
+def log_directory(files: RunFiles, stage: str) -> Path:
+    """Per-rank logs of this start on this node; the supervisor looks for errors under its parent."""
+    job, restart = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        stage += f".{task}"
+    return files.launch / "logs" / stage / f"job{job}-restart{restart}" / f"node{node_rank()}"
+
+
+def node_rank() -> int:
+    """This node's index in the allocation."""
+    return int(os.environ.get("SLURM_NODEID", "0"))
+
+
+def run_once(command: list[str], logs: Path) -> int:
+    """Run the command as one process, its output shown and its errors kept too."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / "stderr.log", "wb") as errors:
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE)
+        assert process.stderr is not None
+        for line in process.stderr:
+            errors.write(line)
+            errors.flush()
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+        return exit_status([process.wait()])
+
+
+def run_ranks(command: list[str], spec: dict[str, Any], logs: Path, *, port_offset: int) -> int:
+    """Run the command as this node's ranks of one distributed job and wait for them."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logs.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_TIMEOUT_S)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=spec["nodes"],
+        max_nodes=spec["nodes"],
+        nproc_per_node=spec["processes_per_node"],
+        run_id=f"{os.environ.get('SLURM_JOB_ID', '0')}-{port_offset}",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{first_node()}:{rendezvous_port() + port_offset}",
+        rdzv_configs={"rank": node_rank(), "timeout": RENDEZVOUS_TIMEOUT_S},
+        max_restarts=0,
+        monitor_interval=0.5,
+        signals_to_handle="SIGINT",
+        # Every rank's output goes to its files; the first rank's is shown too.
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL, tee={0: Std.ALL}),
+    )
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-u", *command)
+    except ChildFailedError as error:
+        return exit_status([failure.exitcode for failure in error.failures.values()])
+    return 0
+
+
+def exit_status(codes: list[int]) -> int:
+    """One exit status for a node's processes.
+
+    A request to run again counts only if every process that failed asked for it or was interrupted beside one that
+    did; any real failure wins. Death by signal -n becomes 128 + n, as shells write it.
+    """
+    failed = [code for code in codes if code]
+    if not failed:
+        return 0
+    interrupted = {REQUEUE_EXIT_CODE, -signal.SIGUSR1, -signal.SIGTERM}
+    if REQUEUE_EXIT_CODE in failed and set(failed) <= interrupted:
+        return REQUEUE_EXIT_CODE
+    worst = next((code for code in failed if code not in interrupted), failed[0])
+    return worst if worst > 0 else 128 - worst
+
+
+def first_node() -> str:
+    """Host name of the allocation's first node."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return "localhost"
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def rendezvous_port() -> int:
+    """A port that all nodes of a job agree on and neighbouring jobs do not share; two per job."""
+    return PORT_BASE + 2 * int(os.environ.get("SLURM_JOB_ID", "0")) % PORT_RANGE
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,75 @@
+"""A stage's batch script: the file in slurm/ with its `#SBATCH` lines filled in. The commands below them stay as is."""
+
+from pathlib import Path
+
+from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
+from megatron_medllm.errors import UserError
+from megatron_medllm.launch.jobs import RunFiles, StageJob
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+# Slurm may deliver the signal up to a minute late; the trainer finishes its step and saves, twice as long as planned.
+SIGNAL_SLACK_S = 90
+TIME_SAFETY = 1.3
+
+
+def signal_lead_s(save_time_s: float) -> int:
+    """Seconds before the time limit at which the job is told to save."""
+    return int(SIGNAL_SLACK_S + 2 * save_time_s)
+
+
+def time_limit_s(job: StageJob, cluster: ClusterConfig) -> int:
+    """Seconds to ask for: the planned duration with a margin, at most the cluster's longest.
+
+    Raises:
+        UserError: the cluster's longest job is over before it could save.
+    """
+    longest, lead = parse_slurm_time(cluster.max_time), signal_lead_s(job.save_time_s)
+    if longest < 2 * lead:
+        raise UserError(
+            f"cluster.max_time={cluster.max_time} is too short for {job.name}: saving needs a lead of {lead} s, "
+            f"so ask for at least {format_slurm_time(2 * lead)}"
+        )
+    if job.duration_s is None:
+        return longest
+    return min(longest, int(TIME_SAFETY * job.duration_s) + 2 * lead)
+
+
+def sbatch_options(job: StageJob, *, files: RunFiles, cluster: ClusterConfig, dependency_ids: list[str]) -> list[str]:
+    """The `#SBATCH` options of one job."""
+    logs = files.launch / "logs" / job.name
+    options = [
+        f"--job-name=medllm-{job.name}-{files.run.name}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--time={format_slurm_time(time_limit_s(job, cluster))}",
+        f"--signal=USR1@{signal_lead_s(job.save_time_s)}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={logs}/{'%A_%a' if job.array_size else '%j'}.out",
+    ]
+    if cluster.gpus and job.gpus_per_node:
+        options.append(f"--gpus-per-node={job.gpus_per_node}")
+    if cluster.cpus_per_process:
+        options.append(f"--cpus-per-task={cluster.cpus_per_process * max(1, job.processes_per_node)}")
+    if cluster.exclude:
+        options.append(f"--exclude={','.join(cluster.exclude)}")
+    if job.array_size:
+        options.append(f"--array=0-{job.array_size - 1}")
+    if dependency_ids:
+        options += [f"--dependency=afterok:{':'.join(dependency_ids)}", "--kill-on-invalid-dep=yes"]
+    return [*options, *cluster.extra_options]
+
+
+def render_script(script: str, options: list[str]) -> str:
+    """The text of slurm/`script`.sbatch with `options` in place of its own.
+
+    Raises:
+        UserError: there is no such script (the package was installed without its checkout).
+    """
+    path = SCRIPTS / f"{script}.sbatch"
+    if not path.is_file():
+        raise UserError(f"{path}: no such batch script; run `medllm submit` from a checkout of the project")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    body = [line for line in lines[first:] if not line.startswith("#SBATCH")]
+    return "\n".join([*lines[:first], *(f"#SBATCH {option}" for option in options), *body]) + "\n"

@@ -1,0 +1,150 @@
+"""`medllm status` and `medllm cancel`: where a submitted run stands, and how to end that run only."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.launch.jobs import RunFiles, read_specification
+from megatron_medllm.storage import read_json, read_jsonl
+
+# A metrics line is far shorter; the end of a long file is enough.
+TAIL_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of a submitted run. `state` is Slurm's while the job is known to it, else how it ended."""
+
+    stage: str
+    job_id: str
+    state: str
+    step: int | None
+    total_steps: int | None
+    tokens_per_s: float | None
+    eta_s: float | None
+    restarts: int
+    reason: str
+
+
+def submitted_jobs(files: RunFiles) -> dict[str, str]:
+    """Job ids by stage.
+
+    Raises:
+        UserError: the run was never submitted.
+    """
+    if not files.submission.is_file():
+        raise UserError(f"{files.run}: not submitted (no {files.submission.name}); see medllm submit")
+    return read_json(files.submission)["jobs"]
+
+
+def queue_states(job_ids: list[str]) -> dict[str, tuple[str, str]]:
+    """(state, reason) of the jobs that Slurm still has in its queue; of an array, the first unfinished task."""
+    if shutil.which("squeue") is None:
+        raise UserError("squeue not found: run this where Slurm is")
+    if not job_ids:
+        return {}
+    command = ["squeue", "--noheader", f"--jobs={','.join(job_ids)}", "--format=%A|%F|%T|%r", "--states=all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise UserError(f"squeue failed: {done.stderr.strip()}")
+    states: dict[str, tuple[str, str]] = {}
+    for line in done.stdout.splitlines():
+        _, array_id, state, reason = line.split("|")
+        if array_id not in states or is_active(state):
+            states[array_id] = (state, reason)
+    return states
+
+
+def is_active(state: str) -> bool:
+    """Whether a job in this Slurm state will still run or is running."""
+    return state in {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
+
+
+def active_jobs(files: RunFiles) -> list[str]:
+    """Ids of this run's jobs that are queued or running; none if it was never submitted."""
+    if not files.submission.is_file():
+        return []
+    states = queue_states(list(submitted_jobs(files).values()))
+    return [job for job, (state, _) in states.items() if is_active(state)]
+
+
+def run_status(run: Path) -> list[StageStatus]:
+    """Where every submitted stage of a run stands.
+
+    Raises:
+        UserError: the run was never submitted, or Slurm does not answer.
+    """
+    files = RunFiles(run.resolve())
+    jobs = submitted_jobs(files)
+    states = queue_states(list(jobs.values()))
+    return [stage_status(files, stage, job_id, states.get(job_id)) for stage, job_id in jobs.items()]
+
+
+def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None) -> StageStatus:
+    """One stage, from Slurm's queue, its history and its metrics."""
+    spec = read_specification(files, stage)
+    ended = read_json(files.ended(stage)) if files.ended(stage).is_file() else {}
+    history = list(read_jsonl(files.history(stage))) if files.history(stage).is_file() else []
+    starts = [row for row in history if row["event"] == "start" and row["job_id"] == job_id]
+    state, reason = queued or ("", "")
+    if not is_active(state):
+        ours = ended.get("job_id") == job_id or spec["array_size"]
+        state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "GONE", reason)
+    elif ended.get("job_id") == job_id and ended.get("outcome") == "requeued":
+        reason = f"last ended: {ended['reason']}"
+    metrics = last_metrics(files.run / spec["metrics"]) if spec["metrics"] else {}
+    step, total, step_time = metrics.get("step"), spec["total_steps"], metrics.get("step_time_s")
+    eta = (total - step) * step_time if total and step is not None and step_time else None
+    rate = metrics.get("tokens_per_s")
+    return StageStatus(stage, job_id, state, step, total, rate, eta, max(0, len(starts) - 1), reason)
+
+
+def last_metrics(path: Path) -> dict:
+    """The last complete line of a metrics file that holds a training step; empty without one."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = stream.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        if b'"step"' in line and b'"step_time_s"' in line and line.startswith(b"{"):
+            return orjson.loads(line)
+    return {}
+
+
+def status_report(stages: list[StageStatus]) -> str:
+    """The status as a plain table."""
+    rows = [("stage", "job", "state", "step", "tokens/s", "ETA", "restarts", "why")]
+    for s in stages:
+        step = "-" if s.step is None else f"{s.step}/{s.total_steps}" if s.total_steps else str(s.step)
+        rate = "-" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}"
+        eta = "-" if s.eta_s is None or not is_active(s.state) else _clock(s.eta_s)
+        rows.append((s.stage, s.job_id, s.state.lower() or "-", step, rate, eta, str(s.restarts), s.reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def cancel(run: Path) -> list[str]:
+    """Cancel this run's jobs and nothing else; returns the ids that were still active.
+
+    Raises:
+        UserError: the run was never submitted, or Slurm refused.
+    """
+    files = RunFiles(run.resolve())
+    submitted_jobs(files)
+    active = active_jobs(files)
+    if active:
+        files.cancelled.touch()
+        done = subprocess.run(["scancel", *active], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"scancel failed: {done.stderr.strip()}")
+    return active

@@ -1,0 +1,159 @@
+"""Runs in the batch script, before and after `srun`: is it worth starting, why did it end, should it run again?
+
+Called by path (`python3 RUN/code/megatron_medllm/launch/supervisor.py begin|end RUN STAGE [EXIT_CODE]`) on the node's
+own Python, outside any container, so it is one file on the standard library (3.8 or newer) and imports nothing of
+the package.
+
+`begin` refuses to start when the last restarts brought no new checkpoint. `end` writes RUN/launch/STAGE.ended.json
+and requeues the job when the trainer asked for it, or when a node failed its health check (then without that node).
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+GIVE_UP_EXIT_CODE = 3
+USER_ERROR_EXIT_CODE = 2  # what medllm exits with when the input is wrong: running again would not help
+LAST_LINES = 15
+
+
+def main(arguments):
+    """Entry point; returns the exit status for the batch script."""
+    action, run, stage = arguments[0], pathlib.Path(arguments[1]), arguments[2]
+    spec = json.loads((run / "launch" / (stage + ".json")).read_text())
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # every task of an array has its own history
+        stage += "." + os.environ["SLURM_ARRAY_TASK_ID"]
+    if action == "begin":
+        return begin(run, stage, spec)
+    return end(run, stage, spec, int(arguments[3]))
+
+
+def begin(run, stage, spec):
+    """Record the start. Gives up after too many starts in a row that found the same newest checkpoint."""
+    step = newest_step(run, spec)
+    starts = [row for row in read_history(run, stage) if row["event"] == "start" and row["job_id"] == job_id()]
+    fruitless = 0
+    for row in reversed(starts):
+        if row["step"] != step:
+            break
+        fruitless += 1
+    if fruitless > spec["max_restarts_without_progress"]:
+        reason = f"gave up: {fruitless} starts in a row without a new checkpoint (newest: step {step})"
+        write_ended(run, stage, {"outcome": "gave-up", "reason": reason, "exit_code": GIVE_UP_EXIT_CODE})
+        print("supervisor: " + reason, file=sys.stderr)
+        return GIVE_UP_EXIT_CODE
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    append_history(run, stage, {"event": "start", "step": step, "restart": restart_count(), "nodes": nodes})
+    return 0
+
+
+def end(run, stage, spec, exit_code):
+    """Write why the job ended; requeue it where another start can help. Returns the job's exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script; let it finish its sentence
+    report = {"exit_code": exit_code, "step": newest_step(run, spec)}
+    if exit_code == 0:
+        write_ended(run, stage, dict(report, outcome="finished", reason="finished"))
+        return 0
+    if (run / "launch" / "cancelled").exists():
+        write_ended(run, stage, dict(report, outcome="cancelled", reason="cancelled by medllm cancel"))
+        return exit_code
+    if exit_code == spec["requeue_exit_code"]:
+        return requeue(run, stage, dict(report, reason="saved and stopped on a signal or the time limit"), exclude=[])
+    if exit_code == spec["unfit_node_exit_code"]:
+        unfit = unfit_nodes(run)
+        reason = "health check failed: " + "; ".join(f"{node}: {why}" for node, why in sorted(unfit.items()))
+        return requeue(run, stage, dict(report, reason=reason), exclude=sorted(unfit) + list(spec["exclude"]))
+    report.update(reason=f"the command failed with exit code {exit_code}", last_lines=last_error_lines(run, stage))
+    if spec["checkpoints"] and exit_code != USER_ERROR_EXIT_CODE:
+        return requeue(run, stage, report, exclude=[])  # a crash may be the machine's; `begin` counts them
+    write_ended(run, stage, dict(report, outcome="failed"))
+    return exit_code
+
+
+def requeue(run, stage, report, exclude):
+    """Put the job back into the queue, off the nodes in `exclude`; it keeps its id, so the chain behind it waits."""
+    write_ended(run, stage, dict(report, outcome="requeued"))
+    identity = job_id()
+    done = subprocess.run(["scontrol", "requeuehold", identity], capture_output=True, text=True)
+    if done.returncode:
+        reason = f"{report['reason']}; not requeued: {done.stderr.strip()}"
+        write_ended(run, stage, dict(report, outcome="stopped", reason=reason))
+        return report["exit_code"]
+    if exclude:
+        scontrol_until_accepted(["update", "JobId=" + identity, "ExcNodeList=" + ",".join(exclude)])
+    scontrol_until_accepted(["release", identity])
+    return report["exit_code"]
+
+
+def scontrol_until_accepted(arguments, attempts=20):
+    """Slurm refuses changes while the old run is still being cleaned up: try again for a while."""
+    for _ in range(attempts):
+        if subprocess.run(["scontrol", *arguments], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.5)
+    print(f"supervisor: scontrol {' '.join(arguments)} was refused", file=sys.stderr)
+
+
+def newest_step(run, spec):
+    """Step of the newest complete checkpoint, -1 without one."""
+    if not spec.get("checkpoints"):
+        return -1
+    names = [path.name for path in (run / spec["checkpoints"]).glob("step-*")]
+    return max([int(name[5:]) for name in names if name[5:].isdigit()], default=-1)
+
+
+def unfit_nodes(run):
+    """Reasons by node, from the files that failed health checks leave."""
+    return {p.stem: json.loads(p.read_text())["reason"] for p in (run / "launch" / "unfit-nodes").glob("*.json")}
+
+
+def last_error_lines(run, stage):
+    """The end of the longest standard-error log of this start: where the first failing rank says why."""
+    logs = sorted(log_directory(run, stage).rglob("stderr.log"), key=lambda path: path.stat().st_size)
+    return logs[-1].read_text(errors="replace").splitlines()[-LAST_LINES:] if logs else []
+
+
+def log_directory(run, stage):
+    """Where this start's per-rank logs are."""
+    return run / "launch" / "logs" / stage / f"job{job_id()}-restart{restart_count()}"
+
+
+def job_id():
+    """This job's id; an array task's own."""
+    return os.environ.get("SLURM_JOB_ID", "0")
+
+
+def restart_count():
+    """How often Slurm has restarted this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def read_history(run, stage):
+    """All recorded starts and ends."""
+    path = run / "launch" / (stage + ".history.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_history(run, stage, row):
+    """Add one line; short appends by one writer need no temporary file."""
+    stamped = dict(row, job_id=job_id(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    with open(str(run / "launch" / (stage + ".history.jsonl")), "a") as stream:
+        stream.write(json.dumps(stamped) + "\n")
+
+
+def write_ended(run, stage, report):
+    """Replace STAGE.ended.json, and keep the line in the history."""
+    report = dict(report, restart=restart_count(), logs=str(log_directory(run, stage)))
+    path = run / "launch" / (stage + ".ended.json")
+    partial = path.with_name("." + path.name + ".partial")
+    partial.write_text(json.dumps(dict(report, job_id=job_id()), indent=2) + "\n")
+    os.replace(str(partial), str(path))
+    append_history(run, stage, dict(report, event="end"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
