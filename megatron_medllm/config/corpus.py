@@ -46,7 +46,7 @@ class SourceConfig(Section):
     id_field: str = Field(default="id", description="names a document in `dropped`; file:line where it has none")
     weight: float | None = Field(default=None, gt=0, description="share in the blend; default: by its tokens")
     replay: bool = Field(default=False, description="general text, whose blend share is `replay_share`")
-    priority: int = Field(default=0, description="of near copies the one of the highest priority is kept first")
+    priority: int = Field(default=0, description="of copies, `keep` prefers the higher")
     licence: str = Field(default="", description="a note for the manifest")
     clean: CleanConfig = CleanConfig()
 
@@ -72,7 +72,7 @@ class DedupConfig(Section):
     bands: int = Field(default=20, gt=0)
     rows: int = Field(default=6, gt=0)
     keep: Literal["longest", "priority", "first"] = Field(
-        default="longest", description="which of a cluster stays; ties go to priority, then length, then order"
+        default="longest", description="which of a cluster stays; ties: priority or length, then the first"
     )
     seed: int = 42
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_medllm import __version__
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.blend import add_blend
+from megatron_medllm.corpus.dedup import find_copies
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype
 from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts, write_dropped
 from megatron_medllm.corpus.read import Unit, plan_units, read_piece
@@ -204,7 +205,7 @@ def _run_units(pool: ProcessPoolExecutor, missing: list[Unit], backend: str) -> 
 def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokenizer: TokenizerFacts) -> dict:
     """From complete parts to final files; returns the facts of the sources."""
     parts = load_parts(output_dir / WORK / "parts", units)
-    copies = None
+    copies = find_copies(parts, config)
     dtype = token_dtype(tokenizer.vocab_size)
     sources = {}
     for name in config.sources:

@@ -10,6 +10,7 @@ import unicodedata
 import numpy as np
 
 from megatron_medllm.config.corpus import CleanConfig
+from megatron_medllm.corpus.shingles import code_points, hash_grams
 
 _ZERO_WIDTH = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -18,7 +19,6 @@ _FULLWIDTH_TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # NFKC on a run of half-width kana alone composes its voicing marks, and touches nothing else.
 _HALFWIDTH_KANA = re.compile("[\uff61-\uff9f]+")
 _REPEAT_GRAM = 10
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def clean(text: str, config: CleanConfig) -> tuple[str, str]:
@@ -72,11 +72,6 @@ def dedup_lines(text: str) -> str:
     return "\n".join(kept)
 
 
-def code_points(text: str) -> np.ndarray:
-    """The characters of a text as uint32 [characters]."""
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
 def japanese_ratio(text: str) -> float:
     """Share of kana, kanji and 、。々 among all characters."""
     codes = code_points(text)
@@ -88,16 +83,11 @@ def japanese_ratio(text: str) -> float:
 
 def repeat_ratio(text: str) -> float:
     """Share of a text's character 10-grams that occur more than once in it."""
-    codes = code_points(text).astype(np.uint64)
-    count = len(codes) - _REPEAT_GRAM + 1
-    if count <= 0:
+    hashes = np.sort(hash_grams(code_points(text), _REPEAT_GRAM))
+    if not len(hashes):
         return 0.0
-    hashes = np.zeros(count, np.uint64)
-    for i in range(_REPEAT_GRAM):
-        hashes = hashes * _MIX + codes[i : count + i]
-    hashes.sort()
     same = hashes[1:] == hashes[:-1]
-    repeated = np.zeros(count, bool)
+    repeated = np.zeros(len(hashes), bool)
     repeated[1:] |= same
     repeated[:-1] |= same
     return float(repeated.mean())

@@ -20,6 +20,7 @@ import orjson
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.clean import clean
+from megatron_medllm.corpus.dedup import sign
 from megatron_medllm.corpus.index import token_dtype
 from megatron_medllm.corpus.read import Documents, Piece, Unit, count_lines, read_piece
 from megatron_medllm.corpus.tokenizer import Encoder, Encoders, TokenizerFacts, choose_backend
@@ -127,6 +128,9 @@ class UnitWriter:
         if texts:
             tokens, lengths = self.append_eod(texts)
             part.add(tokens, lengths, texts, ids, lines, piece_number)
+            dedup = self.job.config.dedup
+            if dedup.exact or dedup.near:
+                part.add_signatures(*sign(texts, dedup))
 
     def append_eod(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts with the end-of-document id behind each non-empty one; tokens per text, int32."""
@@ -153,8 +157,9 @@ class PartWriter:
 
     def open(self, files: ExitStack) -> None:
         """Open the part's streams; they take their names when `files` closes without an error."""
-        self._bin, self._dropped, self._ids = (
-            files.enter_context(atomic_write(self.stem.with_suffix(suffix))) for suffix in (".bin", ".dropped", ".ids")
+        self._bin, self._dropped, self._ids, self._sketch = (
+            files.enter_context(atomic_write(self.stem.with_suffix(suffix)))
+            for suffix in (".bin", ".dropped", ".ids", ".sketch")
         )
 
     def drop(self, piece: int, line: int, identifier: str | None, step: str, reason: str) -> None:
@@ -180,6 +185,13 @@ class PartWriter:
         self.put("chars", np.fromiter(map(len, texts), np.uint32, len(texts)))
         self.put("lines", np.array(lines, np.int64))
         self.put("pieces", np.full(len(texts), piece, np.int32))
+
+    def add_signatures(self, columns: dict[str, np.ndarray], sketch: np.ndarray | None) -> None:
+        """Append what copies of the last documents are found by."""
+        for name, column in columns.items():
+            self.put(name, column)
+        if sketch is not None:
+            self._sketch.write(sketch.data)
 
     def put(self, name: str, column: np.ndarray) -> None:
         """Append to a per-document column of the part."""
