@@ -1,7 +1,7 @@
 """Any server that speaks the OpenAI HTTP interface (vLLM serve, llama.cpp, SGLang, a hosted model).
 
-Standard library only. Prompts go to `/completions`, chat messages to `/chat/completions`. Several requests are in flight at once; a failed one
-is tried again with growing pauses.
+Standard library only. Prompts go to `/completions`, chat messages to `/chat/completions`. Several requests are in
+flight at once; a failed one is tried again with growing pauses.
 """
 
 import json
