@@ -268,9 +268,10 @@ def _general_backward(
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     dw = torch.zeros_like(weight) if needs_input_grad[1] else None
     slice_words = max(plan.chunk_tokens * plan.valid_rows // max(len(x), 1) // 128 * 128, 128)
+    buffer = torch.empty(len(x) * min(slice_words, plan.valid_rows), dtype=plan.logits_dtype, device=x.device)
     for part in tiles(plan.valid_rows if len(x) else 0, slice_words):
         words = weight[part]
-        z = torch.empty(len(x), len(words), dtype=plan.logits_dtype, device=x.device)
+        z = buffer[: len(x) * len(words)].view(len(x), len(words))
         project_rows(x, words, out=z)
         dz = _shard_gradient(z, local_target - part.start, lse, g, g_lse, words, plan)
         if needs_input_grad[0]:
