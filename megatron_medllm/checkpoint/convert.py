@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_medllm.checkpoint.hf_reader import HFWeights
-from megatron_medllm.checkpoint.hf_writer import (
+from megatron_medllm.checkpoint.hf_source import HFWeights
+from megatron_medllm.checkpoint.hf_target import (
     DEFAULT_SHARD_BYTES,
     DIGESTS_NAME,
     HFTarget,

@@ -1,0 +1,154 @@
+"""The tensors of a Hugging Face (HF) directory: found and checked by name, read slice by slice."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Piece, Weight, hf_shapes, local_pieces
+from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, digest_entry, read_header, read_slice
+from megatron_medllm.config.model import ModelShape
+from megatron_medllm.errors import UserError
+from megatron_medllm.storage import read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class HFWeights:
+    """The tensors of an HF directory, found and checked by name, read slice by slice."""
+
+    def __init__(self, hf_dir: Path, shape: ModelShape) -> None:
+        """Read the index and the headers, and check them against `shape`; no tensor is read.
+
+        Raises:
+            UserError: a tensor is missing, extra, of another shape, or of an unusable type; a shard is missing,
+                truncated or lacks a tensor that the index promises.
+        """
+        self.hf_dir, self.shape = hf_dir, shape
+        self.place: dict[str, tuple[Path, Entry]] = {}
+        for path, promised in _shards(hf_dir).items():
+            header = read_header(path)
+            for name in sorted(promised - header.keys()):
+                raise UserError(f"{path}: tensor {name!r} is missing; {hf_dir / INDEX_NAME} says it is here")
+            for name, entry in header.items():
+                if promised and name not in promised:
+                    raise UserError(f"{hf_dir / INDEX_NAME}: no entry for tensor {name!r}, which is in {path.name}")
+                self.place[name] = (path, entry)
+        self._check()
+
+    def _check(self) -> None:
+        expected = hf_shapes(self.shape)
+        missing = [name for name in expected if name not in self.place]
+        if missing:
+            raise UserError(f"{self.hf_dir}: tensor {missing[0]!r} is missing{_and_more(missing)}")
+        copied_head = OUTPUT.hf[0] if self.shape.tie_embeddings else None
+        extra = [name for name in self.place if name not in expected and name != copied_head]
+        if extra:
+            raise UserError(f"{self.hf_dir}: tensor {extra[0]!r} is not part of this model{_and_more(extra)}")
+        for name, wanted in expected.items():
+            path, entry = self.place[name]
+            if entry.shape != wanted:
+                raise UserError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, expected {list(wanted)}")
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{path}: tensor {name!r} has type {entry.dtype}, expected one of {', '.join(DTYPES)}")
+        if copied_head in self.place:
+            self._check_copied_head(copied_head)
+
+    def _check_copied_head(self, head: str) -> None:
+        """Some writers store the tied head too: harmless when it equals the embedding, another model when not."""
+        rows, step = self.shape.vocab_size, 4096
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            pair = [self.read(name, axis=0, start=start, stop=stop) for name in (head, EMBEDDING.hf[0])]
+            if not torch.equal(*pair):
+                raise UserError(
+                    f"{self.place[head][0]}: config.json ties the embeddings, but {head!r} differs from "
+                    f"{EMBEDDING.hf[0]!r}"
+                )
+
+    def read(self, name: str, *, axis: int, start: int, stop: int) -> torch.Tensor:
+        """Entries [start, stop) of tensor `name` along `axis`, in the file's dtype, on the CPU.
+
+        Raises:
+            UserError: the shard became shorter or unreadable since it was opened.
+        """
+        path, entry = self.place[name]
+        with _descriptor(path) as fd:
+            try:
+                return read_slice(fd, entry, axis=axis, start=start, stop=stop)
+            except EOFError:
+                raise UserError(f"{path}: truncated inside tensor {name!r}") from None
+
+    def read_local(self, weight: Weight, *, local_size: int, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """One TP rank's slice of a Megatron tensor, padding filled with zeros, in the HF dtype, on the CPU.
+
+        Args:
+            weight: a row of the name table.
+            local_size: entries of the rank's slice along the axis that TP splits.
+            tp_rank: this rank within its tensor-parallel group.
+            tp_size: size of that group.
+        """
+        pieces = local_pieces(weight, self.shape, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size)
+        return self.read_pieces(weight, pieces)
+
+    def read_pieces(self, weight: Weight, pieces: list[Piece]) -> torch.Tensor:
+        """Consecutive pieces of a Megatron tensor, joined along its axis, in the HF dtype, on the CPU."""
+        axis = weight.axis or 0
+        _, first = self.place[weight.hf[0]]
+        parts = []
+        for piece in pieces:
+            if piece.hf is None:
+                padding = list(first.shape)
+                padding[axis] = len(piece)
+                parts.append(torch.zeros(padding, dtype=DTYPES[first.dtype]))
+            else:
+                parts.append(self.read(piece.hf, axis=axis, start=piece.start, stop=piece.stop))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, in hex.
+
+        Raises:
+            UserError: the shard became shorter since it was opened.
+        """
+        path, entry = self.place[name]
+        try:
+            return digest_entry(path, entry)
+        except EOFError:
+            raise UserError(f"{path}: truncated inside tensor {name!r}") from None
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _shards(hf_dir: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a directory, with the tensors that the index promises in each (none without index)."""
+    if (hf_dir / INDEX_NAME).exists():
+        weight_map = read_json(hf_dir / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{hf_dir / INDEX_NAME}: no 'weight_map'")
+        shards: dict[Path, set[str]] = {}
+        for name, file_name in weight_map.items():
+            if Path(file_name).name != file_name:
+                raise UserError(f"{hf_dir / INDEX_NAME}: {name!r} points outside the directory: {file_name!r}")
+            shards.setdefault(hf_dir / file_name, set()).add(name)
+        return shards
+    if (hf_dir / SINGLE_NAME).exists():
+        return {hf_dir / SINGLE_NAME: set()}
+    raise UserError(f"{hf_dir}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (only safetensors are read)")
