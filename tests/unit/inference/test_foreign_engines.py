@@ -1,0 +1,126 @@
+"""Engines that are other processes: an HTTP endpoint, and the vLLM worker around a stand-in for vLLM."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from exam_world import ScriptedEndpoint
+
+from megatron_medllm.config.exam import EngineConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.inference.engines import open_engine
+from megatron_medllm.inference.protocol import Request
+
+STAND_IN = """
+import os, sys
+from types import SimpleNamespace
+__version__ = "stand-in"
+class SamplingParams(SimpleNamespace):
+    pass
+class LLM:
+    def __init__(self, model, dtype, tensor_parallel_size, max_model_len=0):
+        print("noise on standard output", model, dtype, tensor_parallel_size, max_model_len)
+    def _reply(self, text, p):
+        text = f"{text}|{p.temperature}|{p.top_p}|{p.seed}|{p.max_tokens}|{p.stop}"
+        if "die" in text:
+            sys.stderr.write("CUDA error: the stand-in died\\n"); sys.stderr.flush(); os._exit(7)
+        reason, stop = ("length", None) if p.max_tokens == 1 else ("stop", "X" if p.stop else None)
+        out = SimpleNamespace(text=text, token_ids=[1, 2, 3], finish_reason=reason, stop_reason=stop)
+        return SimpleNamespace(outputs=[out], prompt_token_ids=[1] * 5)
+    def generate(self, prompts, sampling):
+        return [self._reply(t, p) for t, p in zip(prompts, sampling, strict=True)]
+    def chat(self, messages, sampling):
+        return [self._reply(m[-1]["content"], p) for m, p in zip(messages, sampling, strict=True)]
+"""
+
+
+@pytest.fixture
+def vllm_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return EngineConfig(kind="vllm", python=Path(sys.executable), tensor_parallel=4, max_model_len=2048)
+
+
+def test_vllm_worker(vllm_config: EngineConfig, tiny_model: Path) -> None:
+    engine = open_engine(vllm_config, tiny_model)
+    assert engine.describe() == {"engine": "vllm", "vllm": "stand-in", "dtype": "auto", "tensor_parallel": 4}
+    requests = [
+        Request("1", "問", max_new_tokens=9, temperature=0.5, top_p=0.9, seed=11, stop=("X",)),
+        Request("2", messages=({"role": "user", "content": "話"},), max_new_tokens=1),
+        Request("3", "終", max_new_tokens=5),
+    ]
+    done = {c.request_id: c for c in engine.generate(requests)}
+    engine.close()
+    assert done["1"].text == "問|0.5|0.9|11|9|['X']"
+    assert done["2"].text == "話|0.0|1.0|0|1|[]"
+    assert [done[i].finish_reason for i in "123"] == ["stop", "length", "eos"]
+    assert (done["1"].prompt_tokens, done["1"].new_tokens) == (5, 3)
+
+
+def test_vllm_that_dies_midway_tells_its_last_words(vllm_config: EngineConfig, tiny_model: Path) -> None:
+    engine = open_engine(vllm_config, tiny_model)
+    requests = [Request(str(i), "die" if i == 700 else "ok") for i in range(1000)]
+    kept = []
+    with pytest.raises(UserError, match="ended with status 7: .*the stand-in died"):
+        for completion in engine.generate(requests):
+            kept.append(completion)
+    engine.close()
+    assert len(kept) == 512  # the first chunk came back before the worker died
+
+
+def test_vllm_that_cannot_start(tiny_model: Path) -> None:
+    config = EngineConfig(kind="vllm", python=Path("/nowhere/python"))
+    with pytest.raises(UserError, match="/nowhere/python: cannot be started"):
+        open_engine(config, tiny_model)
+
+
+def test_endpoint(tmp_path: Path) -> None:
+    def script(body: dict) -> str:
+        return (body.get("prompt") or body["messages"][-1]["content"]) + "→c\n問題:次"
+
+    with ScriptedEndpoint(script) as server:
+        engine = open_engine(EngineConfig(kind="openai", url=server.url + "/"), tmp_path / "my-model")
+        requests = [
+            Request("1", "p", max_new_tokens=5, temperature=0.3, seed=4, stop=("\n問題:",)),
+            Request("2", messages=({"role": "user", "content": "m"},)),
+        ]
+        done = {c.request_id: c for c in engine.generate(requests)}
+    assert (done["1"].text, done["1"].finish_reason) == ("p→c", "stop")
+    assert (done["2"].text, done["2"].finish_reason) == ("m→c\n問題:次", "eos")
+    calls = dict(server.calls)
+    assert calls["/v1/completions"] == {
+        "model": "my-model",
+        "max_tokens": 5,
+        "temperature": 0.3,
+        "top_p": 1.0,
+        "seed": 4,
+        "stop": ["\n問題:"],
+        "prompt": "p",
+    }
+    assert calls["/v1/chat/completions"]["messages"] == [{"role": "user", "content": "m"}]
+
+
+def test_endpoint_is_asked_again_after_a_failure(tmp_path: Path) -> None:
+    answers: list[str | int] = [503, "c"]
+    with ScriptedEndpoint(lambda body: answers.pop(0)) as server:
+        engine = open_engine(EngineConfig(kind="openai", url=server.url, concurrency=1), tmp_path)
+        assert [c.text for c in engine.generate([Request("1", "p")])] == ["c"]
+    assert len(server.calls) == 2
+
+
+def test_endpoint_that_refuses(tmp_path: Path) -> None:
+    with ScriptedEndpoint(lambda body: 401) as server:
+        engine = open_engine(EngineConfig(kind="openai", url=server.url), tmp_path)
+        with pytest.raises(UserError, match="1 failed .HTTP 401"):
+            list(engine.generate([Request("1", "p")]))
+    assert len(server.calls) == 1  # a refusal is not worth another try
+    config = EngineConfig(kind="openai", url="http://127.0.0.1:9/v1", retries=0)
+    with pytest.raises(UserError, match="1 failed"):
+        list(open_engine(config, tmp_path).generate([Request("1", "p")]))
+
+
+def test_configuration_says_what_an_engine_needs() -> None:
+    with pytest.raises(ValueError, match=r"needs engine\.python"):
+        EngineConfig(kind="vllm")
+    with pytest.raises(ValueError, match=r"needs engine\.url"):
+        EngineConfig(kind="openai")
