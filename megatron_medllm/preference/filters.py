@@ -11,6 +11,9 @@ _JAPANESE = re.compile(r"[ぁ-んァ-ヴー一-鿿々〆]")
 _LETTER = re.compile(r"[^\W\d_]")
 _RIGHT = r"正しい|正解|適切である|適切(?=[。\s]|$)|正(?=[。\s]|$)|○"
 _WRONG = r"誤り|誤って|正しくない|不正解|不適切|適切でない|誤(?=[。\s]|$)|×"
+# What asks for the odd one out: there, `正しい` may mean "fits the question" or "is true".
+_ASKS_FOR_WRONG = re.compile(r"ない(?:の|もの)|誤|不適切|低いの|除く")
+_ASKING_CHARS = 60
 _ANSWER_LINE = re.compile(r"\n?答え\s*[:：][^\n]*\s*$")
 
 
@@ -54,15 +57,17 @@ def japanese_share(text: str) -> float:
 def contradicts_itself(candidate: Candidate, question: Question) -> bool:
     """Whether the explanation's verdicts on the options speak against the answer it ends with.
 
-    An answered option and an unanswered one may not have the same verdict (`aは正しい。…bは正しい。…答え: a`), and the
-    answered options may not have different ones. So a question for the wrong statement needs no special case.
+    Answered options must be called right and no other may be. Where the question asks for what is wrong, explanations
+    use `正しい` in both senses, so there it is only refused that answered and other options share a verdict.
     """
     if candidate.answer is None or question.kind == "numeric":
         return False
     verdicts = option_verdicts(candidate.text, question.labels)
     of_answered = {verdicts[label] for label in candidate.answer if label in verdicts}
     of_others = {verdict for label, verdict in verdicts.items() if label not in candidate.answer}
-    return len(of_answered) > 1 or bool(of_answered & of_others)
+    if _ASKS_FOR_WRONG.search(question.problem_text[-_ASKING_CHARS:]):
+        return len(of_answered) > 1 or bool(of_answered & of_others)
+    return False in of_answered or True in of_others
 
 
 def option_verdicts(text: str, labels: tuple[str, ...]) -> dict[str, bool]:
