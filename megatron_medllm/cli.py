@@ -153,6 +153,15 @@ def eval_run(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `medllm pipeline` made")]) -> None:
+    """Write the run's report.html and summary.json, and print its table."""
+    from megatron_medllm.evaluation.run_report import build_report, table
+
+    console.print(table(build_report(run_dir)))
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from megatron_medllm.config.run import RunConfig

@@ -90,7 +90,8 @@ def generate(config: DemoConfig, output_dir: Path) -> dict:
     """Write the world under `output_dir` and return a summary (counts by file and kind, and the vocabulary's size).
 
     Files: `base.jsonl`, `medical.jsonl`; `exam/`, `development/`, `train/` with `questions.jsonl` in IgakuQA's schema
-    and `questions_metadata.jsonl`; `train/explanations.jsonl` (gold); `tokenizer/`; `README.txt`; `summary.json`.
+    and `questions_metadata.jsonl`, the training questions with a gold `explanation`; `tokenizer/`; `README.txt`;
+    `summary.json`.
     """
     world = World(config)
     seen = set(world.medicine.entities) - world.unseen
@@ -118,11 +119,6 @@ def generate(config: DemoConfig, output_dir: Path) -> dict:
     save_tokenizer(tokenizer, output_dir / "tokenizer")
     for name, questions in sets.items():
         _write_questions(world, output_dir / name, name, questions)
-    gold = [
-        {"problem_id": f"train-{i}", "explanation": explain(question, careful=True)}
-        for i, question in enumerate(sets["train"])
-    ]
-    write_jsonl(output_dir / "train" / "explanations.jsonl", gold)
     write_jsonl(output_dir / "base.jsonl", base)
     write_jsonl(output_dir / "medical.jsonl", medical)
     for directory in (output_dir, *(output_dir / name for name in sets)):
@@ -152,6 +148,7 @@ def _write_questions(world: World, directory: Path, name: str, questions: list[Q
                 "answer": list(question.answer),
                 "points": "1",
             }
+            | ({"explanation": explain(question, careful=True).partition(ANSWER_MARKER)[0]} if name == "train" else {})
         )
         metadata.append(
             {

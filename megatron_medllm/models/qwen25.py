@@ -79,7 +79,8 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig, model: ModelConf
         # Interleaved stages with the default pair of these two corrupt the loss without an error.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        deallocate_pipeline_outputs=True,
+        # Interleaved stages overlap their sends; freeing an output that is still being sent corrupts gradients silently.
+        deallocate_pipeline_outputs=layout.vpp == 1,
         calculate_per_token_loss=True,
         bias_activation_fusion=te,
         bias_dropout_fusion=te,

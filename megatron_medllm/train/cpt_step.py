@@ -30,6 +30,7 @@ class CptStep:
     def __init__(self, run: RunConfig, config: CptConfig, runtime: Runtime, *, output_dir: Path) -> None:
         self._config, self._runtime, self._backend = config, runtime, run.model.backend
         blend = resolve_blend(config.data)
+        self.end_token_id = blend.eod_id
         vocab_size = run.model.resolve_shape().vocab_size
         if blend.vocab_size > vocab_size:
             raise UserError(

@@ -17,6 +17,7 @@ from megatron_medllm.models.qwen25 import DTYPES
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.progress import progress
+from megatron_medllm.storage import write_json
 from megatron_medllm.train.guard import LossGuard
 from megatron_medllm.train.metrics import MetricsLog
 from megatron_medllm.train.schedule import learning_rate
@@ -62,6 +63,8 @@ def _export(trainer: Trainer) -> None:
         source_dir=run.tokenizer_dir(),
         dtype=DTYPES[run.model.dtype],
     )
+    if trainer.runtime.is_main and run.model.path is None:  # a model born here: its documents say how a text ends
+        write_json(hf_dir / "generation_config.json", {"eos_token_id": trainer.step.end_token_id})
 
 
 def _fit(trainer: Trainer, first: int) -> bool:

@@ -38,6 +38,7 @@ class RpoStep:
     """Pairs in a seeded order, epoch after epoch; each global batch is packed afresh."""
 
     unit = "pairs"
+    end_token_id = None
     metric_names = ("loss", "count", "tokens", "unshared_tokens", *_NAMES)
 
     def __init__(self, run: RunConfig, config: RpoConfig, runtime: Runtime) -> None:

@@ -11,6 +11,7 @@ class Step(Protocol):
 
     total_steps: int
     unit: str  # what the batch counts: "rows" or "pairs"
+    end_token_id: int | None  # what ends a document in the training data, where they say so
     metric_names: tuple[str, ...]  # sums that the loss functions return; "count" is the divisor
 
     @property
