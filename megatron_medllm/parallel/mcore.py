@@ -116,13 +116,28 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
 
 
 def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    """What a checkpoint holds, as Megatron-Core's sharded tensors: any layout can read what any layout wrote."""
+    """What a checkpoint holds, as Megatron-Core's sharded tensors: any layout can read what any layout wrote.
+
+    Of a partly frozen model (adapters) it holds what trains: the base is read from its own directory again.
+    """
     metadata = {"dp_cp_group": _data_parallel_group(), "distrib_optim_sharding_type": "fully_reshardable"}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    state = {name: _chunk_state(chunk, metadata) for name, chunk in zip(names, chunks, strict=True)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _chunk_state(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    state = chunk.sharded_state_dict(metadata=metadata)
+    if not _is_partly_frozen(chunk):
+        return state
+    trained = {id(parameter) for parameter in chunk.parameters() if parameter.requires_grad}
+    return {name: entry for name, entry in state.items() if id(entry.data) in trained}
+
+
+def _is_partly_frozen(chunk: nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in chunk.parameters())
 
 
 def save_sharded(state: dict[str, Any], directory: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
@@ -142,7 +157,9 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put a loaded state back into model and optimizer."""
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+        # A frozen base is not in the checkpoint; that all else is there was checked when it was read.
+        strict = not _is_partly_frozen(chunk)
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=strict)
     if optimizer is not None:
         with torch.no_grad():  # upstream copies into fp32 parameters that require gradients
             optimizer.load_state_dict(loaded["optimizer"])

@@ -1,0 +1,275 @@
+"""LoRA (arXiv 2106.09685): y = x W^T + (alpha / r) dropout(x) A^T B^T, with W frozen and B zero at the start.
+
+t: tokens of the stream, k and n: inputs and outputs of a linear layer, r: rank, tp: size of the tensor-parallel group.
+
+Under tensor parallelism the half that touches the split axis is split, the other is replicated, and what the ranks
+exchange for the adapter is r wide:
+
+    layer               W          A          B          exchanged
+    column (qkv, fc1)   [n/tp, k]  [r, k]     [n/tp, r]  x A^T: gathered (sequence parallel), or d of it summed
+    row (proj, fc2)     [n, k/tp]  [r, k/tp]  [n, r]     x A^T: summed
+
+Under sequence parallelism the replicated half sees a slice of the sequence only; its mark asks Megatron-Core to sum
+its gradient over the group. Parameters keep the base's names (`linear_qkv.weight`) beside `lora_a` and `lora_b`, so
+everything that knows the base by name goes on doing so.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_medllm.config.train import AdapterConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
+from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
+
+Split = Literal["column", "row"]
+
+# where in a transformer layer -> how tensor parallelism splits it
+LINEARS: dict[str, tuple[str, Split]] = {
+    "linear_qkv": ("self_attention", "column"),
+    "linear_proj": ("self_attention", "row"),
+    "linear_fc1": ("mlp", "column"),
+    "linear_fc2": ("mlp", "row"),
+}
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen column- or row-parallel linear layer, its weight held in some format, with or without an adapter.
+
+    It takes over the parameters of Megatron-Core's layer and its place in the model.
+    """
+
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, linear: nn.Module, *, split: Split, gated: bool, config: AdapterConfig, adapted: bool) -> None:
+        """Args:
+        linear: Megatron-Core's ColumnParallelLinear or RowParallelLinear.
+        split: which of the two.
+        gated: its outputs are gate and up, each split over the ranks on its own.
+        config: rank, dropout and the format of the base.
+        adapted: False: only freeze the weight and hold it in the base's format.
+        """
+        super().__init__()
+        if linear.bias is not None and linear.skip_bias_add:
+            raise ValueError("a bias that is left to the caller is not supported")
+        self.split, self.gated, self.enabled = split, gated, True
+        self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
+        self.dropout, self.scale = config.dropout, config.alpha / config.rank
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+        self.frozen: FrozenWeight | None = None if config.base == "bf16" else FORMATS[config.base](linear.weight)
+        self.weight = linear.weight if self.frozen is None else None
+        self.lora_a = self.lora_b = None
+        if adapted:
+            outputs, inputs = linear.weight.shape
+            self.lora_a = self._half(linear.weight, (config.rank, inputs), split_dim=1 if split == "row" else None)
+            self.lora_b = self._half(linear.weight, (outputs, config.rank), split_dim=0 if split == "column" else None)
+
+    def _half(self, like: Tensor, shape: tuple[int, int], *, split_dim: int | None) -> nn.Parameter:
+        half = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        if split_dim is None:
+            half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        else:
+            set_tensor_model_parallel_attributes(half, is_parallel=True, dim=split_dim, stride=1)
+        return half
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """One layer's product.
+
+        Args:
+            x: [t, 1, k] (column; [t/tp, 1, k] under sequence parallelism) or [t, 1, k/tp] (row).
+
+        Returns:
+            [t, 1, n/tp] (column) or [t, 1, n] (row; [t/tp, 1, n] under sequence parallelism), the bias added.
+        """
+        y = self._base_column(x) if self.split == "column" else self._base_row(x)
+        if self.enabled and self.lora_a is not None and self.lora_b is not None:
+            narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, 1, r]
+            y = torch.addmm(y.flatten(0, 1), narrow.flatten(0, 1), self.lora_b.t(), alpha=self.scale).view(y.shape)
+        return y, None
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.frozen is not None:
+            return self.frozen.product(x, bias)
+        assert self.weight is not None
+        return F.linear(x, self.weight, bias)
+
+    def _base_column(self, x: Tensor) -> Tensor:
+        enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        return self._product(enter(x, group=self.tp_group), self.bias)
+
+    def _base_row(self, x: Tensor) -> Tensor:
+        y = self._sum(self._product(x, None))
+        return y if self.bias is None else y + self.bias
+
+    def _sum(self, part: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(part, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
+
+    def _share(self, narrow: Tensor) -> Tensor:
+        """x A^T as B needs it: whole, and the same tokens as the base's result."""
+        if self.split == "row":
+            return self._sum(narrow)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(narrow, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not self.dropout or not self.training:
+            return x
+        if self.split == "column" and not self.sequence_parallel:
+            return F.dropout(x, self.dropout)  # the ranks hold the same x and must drop the same
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(x, self.dropout)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """This rank's slice of W + (alpha / r) B A, summed in fp32, [n/tp, k] or [n, k/tp]."""
+        base = self.weight.float() if self.frozen is None else self.frozen.dense()  # type: ignore[union-attr]
+        if self.lora_a is None or self.lora_b is None:
+            return base
+        return torch.addmm(base, self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
+
+    def merge(self) -> None:
+        """Become a plain frozen layer with the merged weight, in the model's dtype."""
+        self.weight = nn.Parameter(self.merged_weight().to(self.dtype), requires_grad=False)
+        self.frozen = self.lora_a = self.lora_b = None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The parameters as Megatron-Core's sharded tensors. An FP8 or NF4 base is not among them."""
+        axes = {"weight": 0, "bias": 0, "lora_b": 0} if self.split == "column" else {"weight": 1, "lora_a": 1}
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        key = f"{prefix}lora_b"
+        if self.gated and key in state:  # Megatron's MLP does this for its own weight and bias only
+            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+        return state
+
+
+def add_adapters(
+    chunks: Iterable[Qwen25Model], config: AdapterConfig, *, seed: int, tp_rank: int, tp_size: int
+) -> None:
+    """Freeze the model and put an adapter on every target; call it once the base weights are loaded.
+
+    A is uniform in +-1/sqrt(k), as PEFT draws it (Kaiming's rule with a = sqrt(5)), from a generator that depends on
+    the seed and the parameter's global name alone: the same adapter in every layout. B is zero, so the model's output
+    does not change. With an FP8 or NF4 base all four linears of a layer are held in that format, targets or not.
+
+    Args:
+        chunks: this rank's unwrapped model chunks.
+        config: rank, scale, targets, format of the base.
+        seed: of A.
+        tp_rank: this rank within its tensor-parallel group.
+        tp_size: size of that group.
+
+    Raises:
+        UserError: layers that have no adapter here (Transformer Engine's), or an NF4 base without bitsandbytes.
+    """
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        for layer in chunk.decoder.layers:
+            for name, (parent_name, split) in LINEARS.items():
+                if name in config.targets or config.base != "bf16":
+                    parent = getattr(layer, parent_name)
+                    linear = getattr(parent, name)
+                    _refuse_foreign(linear)
+                    adapted = AdaptedLinear(
+                        linear, split=split, gated=name == "linear_fc1", config=config, adapted=name in config.targets
+                    )
+                    setattr(parent, name, adapted)
+        for name, parameter in global_parameters(chunk):
+            if name.endswith("lora_a"):
+                _draw_a(parameter, name, seed=seed, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def _refuse_foreign(linear: nn.Module) -> None:
+    if type(linear).__name__ not in ("ColumnParallelLinear", "RowParallelLinear"):
+        raise UserError(
+            f"adapter: {type(linear).__name__} takes no adapter; set model.backend=torch (its FP8 needs no TE)"
+        )
+
+
+@torch.no_grad()
+def _draw_a(parameter: nn.Parameter, name: str, *, seed: int, tp_rank: int, tp_size: int) -> None:
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+    rank, inputs = parameter.shape
+    is_split = LINEARS[name.split(".")[-2]][1] == "row"
+    whole = inputs * tp_size if is_split else inputs
+    bound = 1 / math.sqrt(whole)
+    values = torch.empty(rank, whole).uniform_(-bound, bound, generator=generator)
+    parameter.copy_(values.chunk(tp_size, dim=1)[tp_rank] if is_split else values)
+
+
+def adapted_linears(chunks: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
+    """Every layer that `add_adapters` put in."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, AdaptedLinear))
+
+
+@contextmanager
+def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the base alone: the reference of a preference run that trains an adapter."""
+    layers = list(adapted_linears(chunks))
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
+    """The chunk as a model without adapters, one tensor at a time, under the names of `global_parameters`.
+
+    Merged weights and those of an FP8 or NF4 base are fp32, others as they are. Values are the adapted model's own:
+    a quantized base is merged as quantized.
+    """
+    held = {
+        id(parameter)
+        for linear in adapted_linears([chunk])
+        for parameter in (linear.weight, linear.lora_a, linear.lora_b)
+        if parameter is not None
+    }
+    for name, parameter in global_parameters(chunk):
+        if id(parameter) not in held:
+            yield name, parameter
+    for layer in chunk.decoder.layers:
+        for name, (parent, _) in LINEARS.items():
+            linear = getattr(getattr(layer, parent), name)
+            if isinstance(linear, AdaptedLinear):
+                yield f"decoder.layers.{layer.layer_number - 1}.{parent}.{name}.weight", linear.merged_weight()
+
+
+def merge_adapters(chunks: Iterable[nn.Module]) -> None:
+    """Make the adapters part of the weights, for good: sums in fp32, rounded once to the model's dtype.
+
+    A quantized base becomes dense again, which takes the memory of the unquantized model; `merged_parameters` does
+    not.
+    """
+    for linear in adapted_linears(chunks):
+        linear.merge()
