@@ -32,7 +32,7 @@ def test_same_seed_same_bytes_other_seed_other_world(made, tmp_path):
     generate(SMALL, tmp_path / "again")
     generate(SMALL.model_copy(update={"seed": 1}), tmp_path / "other")
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-    assert len(files) == 16
+    assert len(files) == 15
     assert all((made / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
     assert (made / "exam/questions.jsonl").read_bytes() != (tmp_path / "other/exam/questions.jsonl").read_bytes()
 
@@ -43,7 +43,8 @@ def test_questions_follow_igakuqas_schema_and_the_key_is_true(made):
         rows, metadata = read(made / name / "questions.jsonl"), read(made / name / "questions_metadata.jsonl")
         assert len(rows) == len(metadata) == count
         for row, about in zip(rows, metadata, strict=True):
-            assert list(row) == ["problem_id", "problem_text", "choices", "text_only", "answer", "points"]
+            gold = ["explanation"] if name == "train" else []
+            assert list(row) == ["problem_id", "problem_text", "choices", "text_only", "answer", "points", *gold]
             assert row["problem_id"] == about["problem_id"]
             true = facts[about["entity"], about["role"]].values
             right = [letter for letter, choice in zip("abcde", row["choices"], strict=True) if choice in true]
