@@ -10,6 +10,7 @@ parts it has and ends in the same bytes. Parts live in OUTPUT/.work until the ma
 import fcntl
 import multiprocessing
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,14 +24,15 @@ from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.blend import add_blend
 from megatron_medllm.corpus.dedup import find_copies
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype
-from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts, write_dropped
+from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts, write_accounts
+from megatron_medllm.corpus.questions import index_questions, load_questions, question_files
 from megatron_medllm.corpus.read import Unit, plan_units, read_piece
 from megatron_medllm.corpus.summary import write_summary
 from megatron_medllm.corpus.tokenizer import TokenizerFacts, describe_tokenizer
 from megatron_medllm.corpus.worker import Job, compare_backends, digest_path, run_unit, start_worker
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
-from megatron_medllm.storage import full_disk_error, read_json, write_json
+from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, read_json, write_json
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -83,10 +85,15 @@ def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -
         parts = output_dir / WORK / "parts"
         missing = [unit for unit in units if not (parts / f"{unit.name}.json").exists()]
         context = multiprocessing.get_context("spawn")  # tokenizers hold threads that a fork would lose
-        job = Job(config, tokenizer, parts, strict)
+        job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict)
         with ProcessPoolExecutor(max(1, min(workers, len(units))), context, start_worker, (job,)) as pool:
             try:
-                backend, why = pool.submit(compare_backends, _sample(config, units)).result()
+                choice = pool.submit(compare_backends, _sample(config, units))
+                if config.decontaminate.exams:
+                    questions = index_questions(load_questions(config.decontaminate.exams), config.decontaminate)
+                    with atomic_write(job.questions) as stream:
+                        pickle.dump(questions, stream)
+                backend, why = choice.result()
                 _run_units(pool, missing, backend)
                 manifest = _assemble(config, output_dir, units, tokenizer)
                 manifest["inputs"] = _digests(pool, [Path(path) for path in inputs])
@@ -124,7 +131,8 @@ def _identity(config: CorpusConfig, tokenizer: TokenizerFacts, inputs: dict[str,
         for blend_only in ("weight", "replay", "licence"):
             del source[blend_only]
     facts = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "kind": tokenizer.kind}
-    return {"tokenizer": facts, "config": settings, "inputs": inputs}
+    exams = {str(path): digest_file(path) for path in question_files(config.decontaminate.exams)}
+    return {"tokenizer": facts, "config": settings, "inputs": inputs, "exams": exams}
 
 
 def _open_output(config: CorpusConfig, output_dir: Path, identity: dict) -> dict | None:
@@ -212,7 +220,7 @@ def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokeniz
         own = [(number, part) for number, part in enumerate(parts) if part.unit.source == name]
         merge_source(output_dir / name, own, copies, dtype)
         sources[name] = {"prefix": name, **source_facts(own, copies)}
-    write_dropped(output_dir / "dropped.jsonl.zst", parts, copies)
+    write_accounts(output_dir, parts, copies)
     return {
         "format": 1,
         "medllm": __version__,
@@ -223,6 +231,7 @@ def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokeniz
             "name": config.tokenizer,
             "digest": tokenizer.digest,
             "kind": tokenizer.kind,
+            "pattern": tokenizer.pattern,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": config.eod_id,
         },

@@ -21,24 +21,24 @@ _HALFWIDTH_KANA = re.compile("[\uff61-\uff9f]+")
 _REPEAT_GRAM = 10
 
 
-def clean(text: str, config: CleanConfig) -> tuple[str, str]:
-    """Return (text, "") or, for a document to drop, (text, "step: reason")."""
+def clean(text: str, config: CleanConfig) -> tuple[str, str, str]:
+    """Return (text, "", "") or, for a document to drop, (text, step, reason)."""
     text = _rewrite(text, config)
     if not text:
-        return text, "empty: nothing is left"
+        return text, "empty", "nothing is left"
     if len(text) < config.min_chars:
-        return text, f"min_chars: {len(text)} characters"
+        return text, "min_chars", f"{len(text)} characters"
     if config.max_chars and len(text) > config.max_chars:
-        return text, f"max_chars: {len(text)} characters"
+        return text, "max_chars", f"{len(text)} characters"
     if config.min_japanese_ratio > 0:
         ratio = japanese_ratio(text)
         if ratio < config.min_japanese_ratio:
-            return text, f"min_japanese_ratio: {ratio:.3f}"
+            return text, "min_japanese_ratio", f"{ratio:.3f}"
     if config.max_repeat_ratio < 1:
         ratio = repeat_ratio(text)
         if ratio > config.max_repeat_ratio:
-            return text, f"max_repeat_ratio: {ratio:.3f}"
-    return text, ""
+            return text, "max_repeat_ratio", f"{ratio:.3f}"
+    return text, "", ""
 
 
 def _rewrite(text: str, config: CleanConfig) -> str:

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import orjson
@@ -81,12 +83,12 @@ def source_facts(parts: list[tuple[int, Part]], copies: Copies | None) -> dict:
     `length_histogram[i]` counts kept documents of 2^i to 2^(i+1) - 1 tokens.
     """
     dropped: Counter[str] = Counter()
-    read = empty = input_bytes = tokens = characters = documents = 0
+    read = empty = contaminated = input_bytes = tokens = characters = documents = 0
     histogram = np.zeros(32, np.int64)
     for number, part in parts:
         dropped.update(part.facts["dropped"])
         read, empty = read + part.facts["read"], empty + part.facts["empty"]
-        input_bytes += part.facts["input_bytes"]
+        input_bytes, contaminated = input_bytes + part.facts["input_bytes"], contaminated + part.facts["contaminated"]
         kept = kept_mask(part, number, copies)
         if copies is not None:
             exact = copies.is_exact[copies.first[number] : copies.first[number + 1]]
@@ -103,6 +105,7 @@ def source_facts(parts: list[tuple[int, Part]], copies: Copies | None) -> dict:
         "documents": documents,
         "empty_documents": empty,
         "documents_read": read,
+        "contaminated_documents": contaminated,
         "dropped": {step: count for step, count in sorted(dropped.items()) if count},
         "input_bytes": input_bytes,
         "characters": characters,
@@ -112,20 +115,41 @@ def source_facts(parts: list[tuple[int, Part]], copies: Copies | None) -> dict:
     }
 
 
-def write_dropped(path: Path, parts: list[Part], copies: Copies | None) -> None:
-    """Write every dropped document as a JSON line: source, file, line, id, step, reason."""
+def write_accounts(output_dir: Path, parts: list[Part], copies: Copies | None) -> None:
+    """Write, as JSON lines with source, file, line and id, what was dropped and what met an exam question.
+
+    `dropped.jsonl.zst` adds step and reason, `contaminated.jsonl.zst` the questions met and what was done.
+    """
     bases = _line_bases(parts)
+    with _packed(output_dir / "dropped.jsonl.zst") as dropped:
+        for number, part in enumerate(parts):
+            for row in _notes(part, ".dropped", bases[number]):
+                _write_row(dropped, row)
+            if copies is not None:
+                for row in _copies_of(number, parts, copies, bases):
+                    _write_row(dropped, row)
+    if any(part.facts["contaminated"] for part in parts):
+        with _packed(output_dir / "contaminated.jsonl.zst") as contaminated:
+            for number, part in enumerate(parts):
+                for row in _notes(part, ".contaminated", bases[number]):
+                    _write_row(contaminated, row)
+
+
+@contextmanager
+def _packed(path: Path) -> Iterator[IO[bytes]]:
     with atomic_write(path) as stream:
         with zstandard.ZstdCompressor(level=3).stream_writer(stream, closefd=False) as packed:
-            for number, part in enumerate(parts):
-                for row in _dropped_rows(number, part, parts, copies, bases):
-                    packed.write(orjson.dumps(row) + b"\n")
+            yield packed
+
+
+def _write_row(stream: IO[bytes], row: dict) -> None:
+    stream.write(orjson.dumps(row) + b"\n")
 
 
 def _line_bases(parts: list[Part]) -> list[list[int]]:
     """Per part and piece: lines of the same file that came in earlier pieces."""
     seen: Counter[str] = Counter()
-    bases = []
+    bases: list[list[int]] = []
     for part in parts:
         bases.append([])
         for piece, lines in zip(part.unit.pieces, part.facts["lines"], strict=True):
@@ -134,41 +158,35 @@ def _line_bases(parts: list[Part]) -> list[list[int]]:
     return bases
 
 
-def _dropped_rows(
-    number: int, part: Part, parts: list[Part], copies: Copies | None, bases: list[list[int]]
-) -> Iterator[dict]:
-    def row(piece: int, line: int, identifier: str | None, step: str, reason: str) -> dict:
-        file, line = part.unit.pieces[piece].path, bases[number][piece] + line
-        identifier = identifier if identifier is not None else f"{file}:{line}"
-        return {
-            "source": part.unit.source,
-            "file": file,
-            "line": line,
-            "id": identifier,
-            "step": step,
-            "reason": reason,
-        }
+def _place(part: Part, bases: list[int], piece: int, line: int, identifier: str | None) -> dict:
+    file, line = part.unit.pieces[piece].path, bases[piece] + line
+    name = identifier if identifier is not None else f"{file}:{line}"
+    return {"source": part.unit.source, "file": file, "line": line, "id": name}
 
-    if part.facts["dropped"]:
-        with open(part.stem.with_suffix(".dropped"), "rb") as stream:
-            for line in stream:
-                note = orjson.loads(line)
-                yield row(note["piece"], note["line"], note["id"], note["step"], note["reason"])
-    if copies is None or not part.facts["documents"]:
-        return
-    originals = copies.of_part(number)
+
+def _notes(part: Part, suffix: str, bases: list[int]) -> Iterator[dict]:
+    """A worker's notes, with the place in the file for the place in the piece."""
+    with open(part.stem.with_suffix(suffix), "rb") as stream:
+        for line in stream:
+            note = orjson.loads(line)
+            yield _place(part, bases, note.pop("piece"), note.pop("line"), note.pop("id")) | note
+
+
+def _copies_of(number: int, parts: list[Part], copies: Copies, bases: list[list[int]]) -> Iterator[dict]:
+    """A row for each document of a part that is a copy."""
+    originals, first = copies.of_part(number), int(copies.first[number])
     if not (originals >= 0).any():
         return
-    lines, pieces = copies.lines[copies.first[number] :], copies.pieces[copies.first[number] :]
-    with open(part.stem.with_suffix(".ids"), "rb") as stream:
-        for i, identifier in enumerate(stream):
-            if originals[i] >= 0:
-                step = "dedup.exact" if copies.is_exact[copies.first[number] + i] else "dedup.near"
-                reason = f"copy of {_place(int(originals[i]), parts, copies, bases)}"
-                yield row(int(pieces[i]), int(lines[i]), orjson.loads(identifier), step, reason)
-
-
-def _place(document: int, parts: list[Part], copies: Copies, bases: list[list[int]]) -> str:
-    number = int(np.searchsorted(copies.first, document, side="right")) - 1
-    piece = int(copies.pieces[document])
-    return f"{parts[number].unit.pieces[piece].path}:{bases[number][piece] + int(copies.lines[document])}"
+    with open(parts[number].stem.with_suffix(".ids"), "rb") as stream:
+        for document, identifier in enumerate(stream, start=first):
+            original = int(copies.original[document])
+            if original >= 0:
+                kept_in = int(np.searchsorted(copies.first, original, side="right")) - 1
+                kept_piece = int(copies.pieces[original])
+                kept_file = parts[kept_in].unit.pieces[kept_piece].path
+                kept_line = bases[kept_in][kept_piece] + int(copies.lines[original])
+                piece, line = int(copies.pieces[document]), int(copies.lines[document])
+                yield _place(parts[number], bases[number], piece, line, orjson.loads(identifier)) | {
+                    "step": "dedup.exact" if copies.is_exact[document] else "dedup.near",
+                    "reason": f"copy of {kept_file}:{kept_line}",
+                }

@@ -70,6 +70,15 @@ class Documents:
             self.lines.append(line)
 
 
+def match_files(pattern: str, *, within: str) -> list[str]:
+    """The files that a path or glob names, sorted; a directory stands for the files `within` it."""
+    found: dict[str, None] = {}
+    for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+        inside = sorted(glob.glob(os.path.join(glob.escape(match), within), recursive=True))
+        found.update(dict.fromkeys(path for path in inside or [match] if os.path.isfile(path)))
+    return list(found)
+
+
 def find_inputs(name: str, source: SourceConfig) -> list[str]:
     """The files of a source, sorted within each pattern.
 
@@ -78,13 +87,7 @@ def find_inputs(name: str, source: SourceConfig) -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in source.paths:
-        expanded = os.path.expanduser(pattern)
-        if os.path.isfile(expanded):
-            found[expanded] = None
-            continue
-        if os.path.isdir(expanded):
-            expanded = os.path.join(expanded, "**")
-        matches = [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
+        matches = [pattern] if os.path.isfile(pattern) else match_files(pattern, within="**")
         if not matches:
             raise UserError(f"sources.{name}.paths: {pattern} matches no file")
         found.update(dict.fromkeys(matches))

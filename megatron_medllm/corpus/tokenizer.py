@@ -204,3 +204,16 @@ def choose_backend(facts: TokenizerFacts, sample: list[str], encoders: Encoders)
     if not (np.array_equal(ids, expected_ids) and np.array_equal(counts, expected_counts)):
         return "tokenizers", f"fastokens' ids differ on a sample of {len(sample)} texts"
     return "fastokens", f"its ids equal tokenizers' on a sample of {len(sample)} texts, {len(ids)} tokens"
+
+
+def decode(facts: TokenizerFacts, ids: list[int]) -> str:
+    """Ids back to text, special tokens spelled out."""
+    path = Path(facts.path)
+    if facts.kind == "huggingface":
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(path)).decode(ids, skip_special_tokens=False)
+    if facts.kind == "sentencepiece":
+        return _load_sentencepiece(path).decode(ids)
+    assert facts.pattern is not None
+    return _load_tiktoken(path, facts.pattern).decode(ids)

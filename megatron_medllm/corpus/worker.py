@@ -1,12 +1,14 @@
 """One worker process: a unit of input becomes a part on disk, whole or not at all.
 
-A part is `NNNNNN.bin` (tokens), `NNNNNN.npz` (per document: tokens, characters, line, and what duplicates are found
-by), `NNNNNN.dropped` (JSON lines), `NNNNNN.ids`, and at the end `NNNNNN.json`, whose presence says that the rest is
-complete.
+A part is `NNNNNN.bin` (tokens), `.npz` (per document: tokens, characters, line, keys that copies are found by),
+`.sketch` (to verify copies), `.ids`, `.dropped` and `.contaminated` (JSON lines), and at the end `.json`, whose
+presence says that the rest is complete.
 """
 
+import dataclasses
 import hashlib
 import os
+import pickle
 import threading
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ import orjson
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.clean import clean
+from megatron_medllm.corpus.decontaminate import Detector, Found
 from megatron_medllm.corpus.dedup import sign
 from megatron_medllm.corpus.index import token_dtype
 from megatron_medllm.corpus.read import Documents, Piece, Unit, count_lines, read_piece
@@ -35,7 +38,17 @@ class Job:
     config: CorpusConfig
     tokenizer: TokenizerFacts
     parts: Path
+    questions: Path
     strict: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document on its way. `line` is within its piece."""
+
+    text: str
+    id: str | None
+    line: int
 
 
 _worker: "UnitWriter | None" = None
@@ -83,6 +96,15 @@ class UnitWriter:
         self.dtype = token_dtype(job.tokenizer.vocab_size)
         self.encoders = Encoders(job.tokenizer)
         self.backend = ""
+        self._detector: Detector | None = None
+
+    @property
+    def detector(self) -> Detector | None:
+        """Finds exam questions; None where none are given. Read once, when the first unit comes."""
+        if self._detector is None and self.job.config.decontaminate.exams:
+            with open(self.job.questions, "rb") as stream:
+                self._detector = Detector(pickle.load(stream), self.job.config.decontaminate)
+        return self._detector
 
     @property
     def encode(self) -> Encoder:
@@ -111,26 +133,49 @@ class UnitWriter:
         for line, reason in batch.bad:
             part.drop(piece_number, line, None, "read", reason)
 
+        kept = self._clean(part, piece_number, batch)
+        if self.detector is not None:
+            kept = self._decontaminate(part, piece_number, kept)
+        if not kept:
+            return
+        texts = [document.text for document in kept]
+        part.add(*self.append_eod(texts), kept, piece_number)
+        dedup = self.job.config.dedup
+        if dedup.exact or dedup.near:
+            part.add_signatures(*sign(texts, dedup))
+
+    def _clean(self, part: "PartWriter", piece: int, batch: Documents) -> list[Document]:
         config = self.job.config.sources[part.unit.source].clean
-        texts, ids, lines = [], [], []
+        kept = []
         for text, identifier, line in zip(batch.texts, batch.ids, batch.lines, strict=True):
             if not text and self.job.config.keep_empty:
                 part.empty += 1
+                kept.append(Document(text, identifier, line))
+                continue
+            text, step, reason = clean(text, config)
+            if step:
+                part.drop(piece, line, identifier, f"clean.{step}", reason)
             else:
-                text, problem = clean(text, config)
-                if problem:
-                    step, _, reason = problem.partition(": ")
-                    part.drop(piece_number, line, identifier, f"clean.{step}", reason)
-                    continue
-            texts.append(text)
-            ids.append(identifier)
-            lines.append(line)
-        if texts:
-            tokens, lengths = self.append_eod(texts)
-            part.add(tokens, lengths, texts, ids, lines, piece_number)
-            dedup = self.job.config.dedup
-            if dedup.exact or dedup.near:
-                part.add_signatures(*sign(texts, dedup))
+                kept.append(Document(text, identifier, line))
+        return kept
+
+    def _decontaminate(self, part: "PartWriter", piece: int, documents: list[Document]) -> list[Document]:
+        assert self.detector is not None
+        found = self.detector.find([document.text for document in documents])
+        kept = []
+        for position, document in enumerate(documents):
+            meeting = found.get(position)
+            if meeting is None:
+                kept.append(document)
+                continue
+            masks = self.job.config.decontaminate.action == "mask" and meeting.masked
+            part.note_contamination(piece, document, meeting, "masked" if masks else "dropped")
+            if masks:
+                kept.append(Document(meeting.masked, document.id, document.line))
+            else:
+                met = ", ".join(meeting.question for meeting in meeting.meetings)
+                part.drop(piece, document.line, document.id, "decontaminate", met)
+        return kept
 
     def append_eod(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts with the end-of-document id behind each non-empty one; tokens per text, int32."""
@@ -151,15 +196,15 @@ class PartWriter:
     def __init__(self, folder: Path, unit: Unit) -> None:
         self.unit, self.stem = unit, folder / unit.name
         self.lines = [0] * len(unit.pieces)
-        self.input_bytes = self.read = self.empty = self.tokens = 0
+        self.input_bytes = self.read = self.empty = self.contaminated = self.tokens = 0
         self.dropped: Counter[str] = Counter()
         self.columns: dict[str, list[np.ndarray]] = {}
 
     def open(self, files: ExitStack) -> None:
         """Open the part's streams; they take their names when `files` closes without an error."""
-        self._bin, self._dropped, self._ids, self._sketch = (
+        self._bin, self._dropped, self._contaminated, self._ids, self._sketch = (
             files.enter_context(atomic_write(self.stem.with_suffix(suffix)))
-            for suffix in (".bin", ".dropped", ".ids", ".sketch")
+            for suffix in (".bin", ".dropped", ".contaminated", ".ids", ".sketch")
         )
 
     def drop(self, piece: int, line: int, identifier: str | None, step: str, reason: str) -> None:
@@ -167,24 +212,23 @@ class PartWriter:
         self.dropped[step] += 1
         _write_row(self._dropped, {"piece": piece, "line": line, "id": identifier, "step": step, "reason": reason})
 
-    def add(
-        self,
-        tokens: np.ndarray,
-        lengths: np.ndarray,
-        texts: list[str],
-        ids: list[str | None],
-        lines: list[int],
-        piece: int,
-    ) -> None:
-        """Append documents."""
+    def note_contamination(self, piece: int, document: Document, found: Found, action: str) -> None:
+        """Write down which questions a document holds, and what is done about it."""
+        self.contaminated += 1
+        place = {"piece": piece, "line": document.line, "id": document.id}
+        questions = [dataclasses.asdict(meeting) for meeting in found.meetings]
+        _write_row(self._contaminated, place | {"action": action, "questions": questions})
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, documents: list[Document], piece: int) -> None:
+        """Append documents with their tokens (all in one array) and tokens per document (int32)."""
         self._bin.write(tokens.data)
         self.tokens += len(tokens)
-        for identifier in ids:
-            _write_row(self._ids, identifier)
+        for document in documents:
+            _write_row(self._ids, document.id)
         self.put("lengths", lengths)
-        self.put("chars", np.fromiter(map(len, texts), np.uint32, len(texts)))
-        self.put("lines", np.array(lines, np.int64))
-        self.put("pieces", np.full(len(texts), piece, np.int32))
+        self.put("chars", np.array([len(document.text) for document in documents], np.uint32))
+        self.put("lines", np.array([document.line for document in documents], np.int64))
+        self.put("pieces", np.full(len(documents), piece, np.int32))
 
     def add_signatures(self, columns: dict[str, np.ndarray], sketch: np.ndarray | None) -> None:
         """Append what copies of the last documents are found by."""
@@ -207,6 +251,7 @@ class PartWriter:
             "tokens": self.tokens,
             "read": self.read,
             "empty": self.empty,
+            "contaminated": self.contaminated,
             "input_bytes": self.input_bytes,
             "lines": self.lines,
             "dropped": dict(sorted(self.dropped.items())),
