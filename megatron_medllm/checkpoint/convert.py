@@ -30,7 +30,15 @@ from megatron_medllm.checkpoint.hf_target import (
     refuse_existing,
 )
 from megatron_medllm.checkpoint.journal import Journal
-from megatron_medllm.checkpoint.names import Weight, cut_pieces, hf_shape, local_pieces, model_weights, stacked_name
+from megatron_medllm.checkpoint.names import (
+    Piece,
+    Weight,
+    cut_pieces,
+    hf_shape,
+    local_pieces,
+    model_weights,
+    stacked_name,
+)
 from megatron_medllm.checkpoint.safetensors_file import DTYPES
 from megatron_medllm.checkpoint.torch_dist import (
     CARRIED_DIR,
@@ -260,8 +268,9 @@ def export_checkpoint(
     source_dir = source_dir or _carried_dir(ckpt_dir)
     shape = shape_from_hf_config(source_dir)
     reader = TorchDistReader(ckpt_dir)
+    for weight in model_weights(shape):
+        _stored_pieces(reader, weight, shape)
     _check_files(ckpt_dir)
-    parts_of_model = _parts(shape)
     if dtype is None:
         dtype = reader.dtype_of(reader.find(next(model_weights(shape)))[0])
     partial = partial_dir(hf_dir)
@@ -277,7 +286,7 @@ def export_checkpoint(
             target.create_files()
         parts: dict[str, Callable[[], Any]] = {
             name: functools.partial(_export_part, reader, weights, shape, target)
-            for name, weights in parts_of_model.items()
+            for name, weights in _parts(shape).items()
         }
         _run_parts(parts, journal, workers=workers, title=f"export {ckpt_dir.name}")
         digests = {name: digest for part in journal.done.values() for name, digest in part.items()}
@@ -311,21 +320,31 @@ def _export_part(reader: TorchDistReader, weights: list[Weight], shape: ModelSha
     return {name: target.digest(name) for name in names}
 
 
-def _export_weight(reader: TorchDistReader, weight: Weight, shape: ModelShape, target: HFTarget) -> None:
+def _stored_pieces(reader: TorchDistReader, weight: Weight, shape: ModelShape) -> list[Piece]:
+    """What a stored weight is made of along its axis.
+
+    Raises:
+        UserError: the checkpoint lacks it, or holds it in another model's shape.
+    """
     key, layer = reader.find(weight)
     stored = reader.shape_of(key) or ()
     sizes = stored if layer is None else stored[1:]
-    axis = weight.axis or 0
     wanted = hf_shape(weight.hf[0], shape)
+    axis = weight.axis or 0
     try:
         if len(sizes) != len(wanted) or sizes[axis + 1 :] != wanted[axis + 1 :] or sizes[:axis] != wanted[:axis]:
             raise ValueError
-        pieces = local_pieces(weight, shape, local_size=sizes[axis], tp_rank=0, tp_size=1)
+        return local_pieces(weight, shape, local_size=sizes[axis], tp_rank=0, tp_size=1)
     except ValueError:
         raise UserError(f"{reader.directory}: tensor {key!r} of shape {list(stored)} is another model's") from None
-    for first_row, rows in _row_runs(reader, key, layer, sizes):
-        if axis == 1:
-            target.write(weight.hf[0], _ready(rows[:, : wanted[1]], target), first_row=first_row)
+
+
+def _export_weight(reader: TorchDistReader, weight: Weight, shape: ModelShape, target: HFTarget) -> None:
+    pieces = _stored_pieces(reader, weight, shape)
+    for first_row, rows in _row_runs(reader, *reader.find(weight)):
+        if weight.axis == 1:
+            width = hf_shape(weight.hf[0], shape)[1]
+            target.write(weight.hf[0], _ready(rows[:, :width], target), first_row=first_row)
             continue
         at = 0
         for piece in cut_pieces(pieces, first_row, first_row + rows.shape[0]):
@@ -338,11 +357,10 @@ def _ready(rows: Tensor, target: HFTarget) -> Tensor:
     return rows.to(target.dtype).contiguous()
 
 
-def _row_runs(
-    reader: TorchDistReader, key: str, layer: int | None, sizes: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor]]:
+def _row_runs(reader: TorchDistReader, key: str, layer: int | None) -> Iterator[tuple[int, Tensor]]:
     """The rows of a weight, chunk by chunk; at once where tensor parallelism has cut across the rows."""
     chunks = reader.chunks(key, layer)
+    sizes = (reader.shape_of(key) or ())[0 if layer is None else 1 :]
     if all(chunk.sizes[1:] == sizes[1:] for chunk in chunks):
         for chunk in chunks:
             yield chunk.row, reader.load(chunk, layer)

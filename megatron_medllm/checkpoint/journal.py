@@ -34,16 +34,20 @@ class Journal:
         self._fd = os.open(directory / JOURNAL_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.done = self._open(identity)
         except BlockingIOError:
-            os.close(self._fd)
+            self.close()
             raise UserError(f"{directory}: another process is writing here") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, identity: dict[str, Any]) -> dict[str, Any]:
         rows = self._read()
-        self.done: dict[str, Any] = {}
-        self.resumed = bool(rows) and rows[0] == identity
-        if self.resumed:
-            self.done = {row["part"]: row["result"] for row in rows[1:]}
-        else:
-            self._start_anew(identity)
+        if rows and rows[0] == identity:
+            return {row["part"]: row["result"] for row in rows[1:]}
+        self._start_anew(identity)
+        return {}
 
     def _read(self) -> list[Any]:
         text = (self.directory / JOURNAL_NAME).read_bytes()

@@ -13,6 +13,7 @@ and items are loaded with `weights_only`. Megatron-Core's own loader unpickles b
 import hashlib
 import io
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,19 @@ def write_index(directory: Path, tensors: dict[str, tuple[int, ...]], dtype: tor
         items: every chunk and object.
     """
     properties = TensorProperties(dtype=dtype)
+    # Interned, because a pickle refers back to a string that is the same object: equal content, equal bytes.
     entries: dict[str, Any] = {
-        key: TensorStorageMetadata(properties, torch.Size(shape), []) for key, shape in tensors.items()
+        sys.intern(key): TensorStorageMetadata(properties, torch.Size(shape), []) for key, shape in tensors.items()
     }
     storage = {}
     for item in items:
+        key, file = sys.intern(item.key), sys.intern(item.file)
         if item.offsets is None or item.sizes is None:
-            entries[item.key] = BytesStorageMetadata()
+            entries[key] = BytesStorageMetadata()
         else:
             chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
-            entries[item.key].chunks.append(chunk)
-        storage[MetadataIndex(item.key, item.offsets)] = _StorageInfo(item.file, item.start, item.length)
+            entries[key].chunks.append(chunk)
+        storage[MetadataIndex(key, item.offsets)] = _StorageInfo(file, item.start, item.length)
     with atomic_write(directory / METADATA_NAME) as stream:
         pickle.dump(Metadata(entries, storage_data=storage), stream)
     with atomic_write(directory / "common.pt") as stream:

@@ -1,0 +1,91 @@
+"""Tiny random models with the shape ratios of every Qwen2.5 size, as Hugging Face directories."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_medllm.checkpoint.names import hf_shapes
+from megatron_medllm.config.model import SIZES, ModelShape
+
+PUBLISHED = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
+
+
+def twin_shape(size: str, *, layers: int = 2) -> ModelShape:
+    """Heads, KV heads and FFN ratio of the published size; heads 4 wide and an odd vocabulary."""
+    real = SIZES[size]
+    hidden = 4 * real.num_attention_heads
+    ffn = 4 * round(hidden * real.ffn_hidden_size / real.hidden_size / 4)
+    return real.model_copy(
+        update={
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "ffn_hidden_size": ffn,
+            "vocab_size": 307,
+            "max_position_embeddings": 512,
+        }
+    )
+
+
+def config_json(shape: ModelShape, dtype: str = "bfloat16") -> dict:
+    """transformers 4's spelling, as the published directories have it."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "rms_norm_eps": shape.layernorm_epsilon,
+        "rope_theta": shape.rotary_base,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        "eos_token_id": 0,
+    }
+
+
+def random_tensors(shape: ModelShape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that every one of them shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, size in hf_shapes(shape).items():
+        values = torch.randn(size, generator=generator)
+        tensors[name] = (1 + values / 10 if name.endswith("norm.weight") else values / 5).to(dtype)
+    return tensors
+
+
+def write_twin(hf_dir: Path, shape: ModelShape, *, dtype: torch.dtype = torch.bfloat16, shards: int = 2) -> Path:
+    """An HF directory of random weights in `shards` safetensors files."""
+    hf_dir.mkdir(parents=True)
+    tensors = random_tensors(shape, dtype=dtype)
+    (hf_dir / "config.json").write_text(json.dumps(config_json(shape, str(dtype).removeprefix("torch."))))
+    if shards == 1:
+        save_file(tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
+        return hf_dir
+    weight_map = {}
+    names = list(tensors)
+    for number in range(shards):
+        file_name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[number::shards]}
+        save_file(part, hf_dir / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return hf_dir
+
+
+def read_tensors(hf_dir: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an HF directory, by the safetensors library."""
+    return {name: t for path in sorted(hf_dir.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Same names, types, shapes and bytes."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
