@@ -1,0 +1,103 @@
+"""The kernels on a real GPU: the head against float64, FP8 casts byte for byte against the CPU, products, memory."""
+
+import pytest
+import torch
+
+from megatron_medllm.kernels.fp8 import (
+    fp8_linear,
+    quantize_activation,
+    quantize_weight,
+    scaled_matmul,
+    swiglu_quantize,
+    transpose_fp8,
+)
+from megatron_medllm.kernels.logprob import fused_linear_logprob
+from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["general", "frozen", "uniform"])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 5.0)])
+def test_head_against_float64(backend, dtype, mode, temperature, softcap):
+    case = make_case(
+        tokens=200, hidden=256, vocab=5003, dtype=dtype, temperature=temperature, softcap=softcap, padding=5
+    )
+    if mode == "uniform":
+        case = HeadCase(**{**case.__dict__, "upstream": torch.ones(200)})
+    expected, expected_lse, expected_dx, expected_dw = case.expect(with_lse=False)
+    hidden = case.hidden.cuda().requires_grad_()
+    weight = case.weight.cuda().requires_grad_(mode != "frozen")
+    logprobs, lse = fused_linear_logprob(
+        hidden,
+        weight,
+        case.target.cuda(),
+        valid_vocab=case.valid,
+        temperature=temperature,
+        softcap=softcap,
+        chunk_tokens=64,
+        uniform_grad=1.0 if mode == "uniform" else None,
+        backend=backend,
+    )
+    (logprobs * case.upstream.cuda()).sum().backward()
+    assert (logprobs.cpu() - expected).abs().max() < 2e-5
+    assert (lse.cpu() - expected_lse).abs().max() < 2e-5
+    limit = 2e-6 if dtype == torch.float32 else 6e-3
+    assert relative_error(hidden.grad.cpu(), expected_dx) < limit
+    if mode != "frozen":
+        assert relative_error(weight.grad.cpu(), expected_dw) < limit
+
+
+def test_general_head_fits_one_gib_beside_the_weight_gradient():
+    hidden = torch.randn(8192, 3584, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(152064, 3584, device="cuda", dtype=torch.bfloat16) * 0.02).requires_grad_()
+    target = torch.randint(0, 152064, (8192,), device="cuda")
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused_linear_logprob(hidden, weight, target)[0].mean().backward()
+    peak = torch.cuda.max_memory_allocated() - held - weight.grad.nbytes
+    assert peak <= 2**30
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_casts_equal_the_cpus_byte_for_byte(power_of_two):
+    x = (torch.randn(300, 640) * torch.exp(3 * torch.randn(300, 1))).bfloat16()
+    for ours, twin in zip(
+        (*quantize_activation(x.cuda(), columns=True, power_of_two=power_of_two),
+         quantize_weight(x.cuda(), power_of_two=power_of_two),
+         transpose_fp8(quantize_weight(x.cuda(), power_of_two=power_of_two))),
+        (*quantize_activation(x, columns=True, power_of_two=power_of_two),
+         quantize_weight(x, power_of_two=power_of_two),
+         transpose_fp8(quantize_weight(x, power_of_two=power_of_two))),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(ours.scales.cpu(), twin.scales)
+        assert torch.equal(ours.values.cpu().view(torch.uint8), twin.values.view(torch.uint8))
+
+
+def test_fused_swiglu_is_close_to_the_cpus():
+    gate_up = torch.randn(300, 1280).bfloat16()
+    ours, twin = swiglu_quantize(gate_up.cuda())[0], swiglu_quantize(gate_up)[0]
+    assert relative_error(ours.dequantize().cpu(), twin.dequantize()) < 2e-3
+
+
+@pytest.mark.parametrize("tokens", [256, 131])
+def test_products_and_gradients(tokens):
+    x, weight = torch.randn(tokens, 1024).bfloat16(), (torch.randn(512, 1024) * 0.02).bfloat16()
+    dy = torch.randn(tokens, 512).bfloat16()
+    left, right = quantize_activation(x.cuda())[0], quantize_weight(weight.cuda())
+    exact = left.dequantize().cpu().double() @ right.dequantize().cpu().double().t()
+    assert relative_error(scaled_matmul(left, right, out_dtype=torch.float32).cpu(), exact) < 1e-3
+    results = []
+    for device in ("cuda", "cpu"):
+        leaves = [t.to(device).requires_grad_() for t in (x, weight)]
+        y = fp8_linear(*leaves)
+        y.backward(dy.to(device))
+        results.append([y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    for gpu, cpu in zip(*results, strict=True):
+        assert relative_error(gpu, cpu) < 6e-3  # both round to bf16
