@@ -2,84 +2,118 @@
 
 The method is Korthikanti et al. 2022 (arXiv 2205.05198, section 4): list what each operation saves, divide by the
 tensor-parallel size inside the parallel region, and by it again outside with sequence parallelism. The list is that
-of this package's layers: fused attention (no s x s matrix), grouped KV heads, SwiGLU, no dropout.
+of this package's layers: fused attention (no s x s matrix), grouped KV heads, SwiGLU, no dropout. A CPU saves more
+than a GPU: its norms are not fused, and its attention works on padded copies.
 
 h: hidden size, kv: width of all KV heads, f: FFN width, hn: width of a head, t: tensor-parallel size.
 """
 
 from megatron_medllm.planner.workload import Workload
 
-# Row statistics of a norm and of attention's softmax are kept in fp32.
-STATISTIC_BYTES = 4
+# Row statistics of a norm and of attention's softmax, and the tensors of an unfused norm, are kept in fp32.
+FP32_BYTES = 4
+# The head's buffer for a chunk of fp32 logits on a GPU (kernels/logprob/head.py); half as much again in bf16.
+HEAD_BUFFER_BYTES = 512 * 2**20
 
 
 def layer_activations(workload: Workload, *, on_cpu: bool = False) -> dict[str, int]:
-    """Bytes per token that one layer saves when nothing is recomputed. `on_cpu`: attention through padded SDPA."""
+    """Bytes per token that one layer saves between its forward and its backward pass."""
+    shape, layout, e = workload.shape, workload.layout, workload.compute_bytes
+    outside = layout.tp if layout.sp else 1
+    if layout.recompute == "full":
+        return {"layer input": shape.hidden_size * e // outside}
+    return all_layer_activations(workload, on_cpu=on_cpu)
+
+
+def all_layer_activations(workload: Workload, *, on_cpu: bool = False) -> dict[str, int]:
+    """Bytes per token that one layer saves when it is not recomputed as a whole."""
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    kv, ffn = shape.num_query_groups * shape.kv_channels, workload.ffn_hidden_size
+    hidden, ffn = shape.hidden_size, workload.ffn_hidden_size
     outside = tp if workload.layout.sp else 1
-
-    def linear_input(name: str, width: int) -> int:
-        if workload.frozen_base and name not in workload.lora_targets:
-            return 0
-        if workload.precision == "fp8" or (workload.mode == "fp8-lora" and not workload.frozen_base):
-            return width
-        return width * e
-
     fused = workload.backend == "te"
     saved = {
-        "attention norm input": hidden * e // outside + STATISTIC_BYTES,
-        "qkv input": linear_input("linear_qkv", hidden) // outside,
-        # Rotated q and k are new tensors; v is a view that keeps the whole fused qkv output alive. SDPA gets copies.
-        "q, k, v": (hidden + 2 * kv if on_cpu or fused else 2 * hidden + 3 * kv) * e // tp,
+        "attention norm": norm_bytes(workload, on_cpu=on_cpu),
+        "qkv input": linear_input_bytes(workload, "linear_qkv", hidden) // outside,
         "rope angles": 0 if fused else 4 * shape.kv_channels * e,
-        "attention output": hidden * e // tp * (2 if on_cpu else 1) + heads * STATISTIC_BYTES // tp,
-        "mlp norm input": hidden * e // outside + STATISTIC_BYTES,
-        "fc1 input": linear_input("linear_fc1", hidden) // outside,
-        # Unfused SwiGLU also keeps silu(gate).
-        "swiglu": (2 if fused else 3) * ffn * e // tp,
-        "fc2 input": linear_input("linear_fc2", ffn) // tp,
+        **attention_activations(workload, on_cpu=on_cpu),
+        "mlp norm": norm_bytes(workload, on_cpu=on_cpu),
+        "fc1 input": linear_input_bytes(workload, "linear_fc1", hidden) // outside,
+        # gate and up; unfused SwiGLU also keeps silu(gate) and a copy of up.
+        "swiglu": (2 if fused else 4) * ffn * e // tp,
+        "fc2 input": linear_input_bytes(workload, "linear_fc2", ffn) // tp,
     }
     if workload.frozen_base:
         saved["adapters"] = len(workload.lora_targets) * workload.lora_rank * e
     return saved
 
 
-def saved_per_layer(workload: Workload, *, on_cpu: bool = False) -> int:
-    """Bytes per token that one layer keeps for each micro-batch in flight, after recomputation.
+def norm_bytes(workload: Workload, *, on_cpu: bool) -> int:
+    """A norm's input and statistic; unfused on a CPU: fp32 copies of the input and, for its weight, of the result."""
+    outside = workload.layout.tp if workload.layout.sp else 1
+    unfused = FP32_BYTES * (1 if workload.frozen_base else 2)
+    width = unfused if on_cpu else workload.compute_bytes
+    return width * workload.shape.hidden_size // outside + FP32_BYTES
 
-    Full recomputation keeps the layer's input alone. Selective drops what attention saves beyond q, k, v and its
-    output: with fused attention that is the softmax statistic.
+
+def linear_input_bytes(workload: Workload, name: str, width: int) -> int:
+    """A linear layer's input: kept for its weight's gradient or its adapter's, in one byte under FP8 training."""
+    if workload.frozen_base:
+        return width * workload.compute_bytes if name in workload.lora_targets else 0
+    return width if workload.precision == "fp8" else width * workload.compute_bytes
+
+
+def attention_activations(workload: Workload, *, on_cpu: bool) -> dict[str, int]:
+    """What core attention keeps per token. The projection keeps attention's output as its own input.
+
+    Rotated q and k are new tensors, v is a view that keeps the whole qkv output alive, except where padded copies
+    are attended over (CPU) or the rotation is fused (te). The CPU path keeps its output three times: of the kernel,
+    scattered, and gathered. Selective recomputation keeps the inputs and the gathered output alone.
     """
-    shape, layout = workload.shape, workload.layout
-    if layout.recompute == "full":
-        return shape.hidden_size * workload.compute_bytes // (layout.tp if layout.sp else 1)
-    total = sum(layer_activations(workload, on_cpu=on_cpu).values())
-    if layout.recompute == "selective":
-        total -= shape.num_attention_heads * STATISTIC_BYTES // layout.tp
-        if on_cpu:  # the second copy of the output, and the padded copies of q, k and v
-            total -= shape.hidden_size * workload.compute_bytes // layout.tp
-    return total
+    shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
+    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
+    selective = workload.layout.recompute == "selective"
+    copies = on_cpu and not selective
+    inputs = hidden + 2 * kv if copies or workload.backend == "te" else 2 * hidden + 3 * kv
+    statistic = 0 if selective else FP32_BYTES * shape.num_attention_heads // tp
+    projection = linear_input_bytes(workload, "linear_proj", hidden) // tp
+    kernel_output = 0 if selective else hidden * e // tp
+    if copies:
+        return {"q, k, v": inputs * e // tp, "attention output": 3 * kernel_output + statistic}
+    # In bf16 the kernel's output and the projection's input are one tensor; an FP8 copy is a second.
+    shared = projection == kernel_output or kernel_output == 0
+    output = max(projection, kernel_output) if shared else projection + kernel_output
+    return {"q, k, v": inputs * e // tp, "attention output": output + statistic}
+
+
+def saved_per_layer(workload: Workload, *, on_cpu: bool = False) -> int:
+    """Bytes per token that one layer keeps for each micro-batch in flight."""
+    return sum(layer_activations(workload, on_cpu=on_cpu).values())
 
 
 def working_set_per_token(workload: Workload) -> int:
     """Bytes per token that live only while one layer's backward runs: gradients inside the MLP, recomputed tensors."""
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
     gradients = (4 * workload.ffn_hidden_size // tp + 2 * shape.hidden_size) * e
-    recomputed = sum(layer_activations(workload).values()) if workload.layout.recompute == "full" else 0
+    recomputed = sum(all_layer_activations(workload).values()) if workload.layout.recompute == "full" else 0
     return gradients + recomputed
 
 
-def head_activations(workload: Workload) -> dict[str, int]:
-    """Bytes per token that the last stage saves outside its layers: the final norm's input and the head's."""
-    hidden, e = workload.shape.hidden_size, workload.compute_bytes
-    outside = workload.layout.tp if workload.layout.sp else 1
-    return {"final norm input": hidden * e // outside + STATISTIC_BYTES, "head input": hidden * e}
+def head_activations(workload: Workload, *, on_cpu: bool = False) -> dict[str, int]:
+    """Bytes per token that the last stage saves outside its layers: the head keeps its input or that one's gradient."""
+    head = workload.shape.hidden_size * workload.compute_bytes
+    return {"final norm": norm_bytes(workload, on_cpu=on_cpu), "head": head}
+
+
+def head_gradient_bytes(workload: Workload) -> int:
+    """The fp32 gradient of the head's weight, which CPT forms in the forward pass and keeps for the backward pass."""
+    if workload.frozen_base or workload.objective == "rpo":
+        return 0
+    return FP32_BYTES * workload.shape.vocab_size // workload.layout.tp * workload.shape.hidden_size
 
 
 def head_workspace_bytes(workload: Workload) -> int:
-    """Bytes of the head's chunk: fp32 logits of `head_chunk_tokens` rows on this rank's vocabulary, their gradient."""
-    rows = min(workload.head_chunk_tokens, workload.local_tokens)
-    vocabulary = -(-workload.shape.vocab_size // workload.layout.tp)
-    return rows * vocabulary * (4 + max(workload.compute_bytes, 2))
+    """Bytes that the head needs on a GPU beside its tokens: logits of a chunk, their gradient, the weight's."""
+    rows = workload.shape.vocab_size // workload.layout.tp
+    logits = min(HEAD_BUFFER_BYTES, FP32_BYTES * rows * workload.local_tokens)
+    gradient = 0 if workload.frozen_base else rows * workload.shape.hidden_size * workload.compute_bytes
+    return logits + logits // 2 + gradient + head_gradient_bytes(workload)

@@ -41,7 +41,7 @@ def stage_memory(workload: Workload, *, stage: int, reserved_bytes: int = 0) -> 
         **optimizer_bytes(workload, stage=stage, dp_rank=0),
         "fp8 copies": fp8_copy_bytes(workload, chunks),
         "activations": activation_bytes(workload, stage=stage),
-        "working set": working_set_per_token(workload) * workload.local_tokens + dequantised_bytes(workload, chunks),
+        "working set": working_set_per_token(workload) * workload.local_tokens + largest_weight_bytes(workload, chunks),
         "head workspace": head_workspace_bytes(workload) if stage == workload.layout.pp - 1 else 0,
         "communication": communication_bytes(workload),
     }
@@ -119,9 +119,10 @@ def fp8_copy_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
     return copies * sum(w.numel for c in chunks for w in c if w.quantisable)
 
 
-def dequantised_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
-    """The largest NF4 weight, dequantised for its matrix product."""
-    if workload.mode != "qlora":
+def largest_weight_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
+    """One weight-sized transient: a layer's weight gradient before it is added to the fp32 buffer, or (QLoRA) a
+    dequantised weight."""
+    if workload.mode in ("lora", "fp8-lora"):
         return 0
     return max((w.numel * workload.compute_bytes for c in chunks for w in c if w.quantisable), default=0)
 
@@ -147,7 +148,7 @@ def activation_bytes(workload: Workload, *, stage: int, on_cpu: bool = False) ->
     tokens = workload.local_tokens
     total = in_flight_layers(workload, stage=stage) * saved_per_layer(workload, on_cpu=on_cpu) * tokens
     if stage == workload.layout.pp - 1:
-        total += sum(head_activations(workload).values()) * tokens
+        total += sum(head_activations(workload, on_cpu=on_cpu).values()) * tokens
     return total
 
 

@@ -23,8 +23,7 @@ class Workload:
     """One training job. Lengths are in tokens, batch sizes in packed sequences (for RPO: in packed rows of pairs).
 
     `attended_length` is how far back attention reaches on average times two: the mean document length of packed
-    batches, `sequence_length` when documents fill the sequence. `head_chunk_tokens` is how many rows the head works
-    on at once. `token_budget` is the whole run's, for its duration.
+    batches, `sequence_length` when documents fill the sequence. `token_budget` is the whole run's, for its duration.
     """
 
     shape: ModelShape
@@ -39,7 +38,6 @@ class Workload:
     lora_rank: int = 16
     lora_targets: tuple[str, ...] = LORA_TARGETS
     attended_length: int | None = None
-    head_chunk_tokens: int = 1024
     overlap_grad_reduce: bool = True
     token_budget: int | None = None
 
