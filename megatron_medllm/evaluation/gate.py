@@ -53,7 +53,7 @@ def summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def check_requirements(expressions: Sequence[str], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a requirement: expression, value, passed.
+    """One row a requirement: expression, value, met.
 
     Raises:
         UserError: as `parse_requirement`.
@@ -64,6 +64,6 @@ def check_requirements(expressions: Sequence[str], summary: dict[str, Any]) -> l
         name, comparison, bound = parse_requirement(expression, modes=list(summary["modes"]))
         value = metrics[name]
         # Rates are ratios of small integers: 0.85 may come out as 0.8499999999999999.
-        passed = _COMPARE[comparison](round(value, 12), bound)
-        rows.append({"expression": expression, "value": value, "passed": passed})
+        met = _COMPARE[comparison](round(value, 12), bound)
+        rows.append({"expression": expression, "value": value, "met": met})
     return rows

@@ -28,9 +28,7 @@ def html_report(summary: dict[str, Any], outcomes: Sequence[Outcome], *, example
     if "gap" in summary:
         charts["Gap (explained minus answer only) by category"] = _category_chart(summary)
     first = [outcome for outcome in outcomes if outcome.sample == 0]
-    return environment.get_template(
-        "report.html.jinja"
-    ).render(
+    return environment.get_template("report.html.jinja").render(
         summary=summary,
         mode_names=MODE_NAMES,
         charts={title: Markup(chart) for title, chart in charts.items() if chart},

@@ -55,7 +55,7 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         lines += markdown_table(
             ["requirement", "value", ""],
             [
-                [row["expression"], f"{row['value']:.4f}", "met" if row["passed"] else "NOT met"]
+                [row["expression"], f"{row['value']:.4f}", "met" if row["met"] else "NOT met"]
                 for row in summary["requirements"]
             ],
         )

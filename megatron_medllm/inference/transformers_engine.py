@@ -57,7 +57,7 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See `Engine.generate`."""
-        encoded = [(request, self._encode(request)) for request in requests]
+        encoded = list(zip(requests, self._encode(requests), strict=True))
         for request, ids in encoded:
             self._check_length(request, len(ids))
         # Samples of one prompt stay together, so that their prompt is read once.
@@ -71,13 +71,19 @@ class TransformersEngine:
                     "lower engine.batch_tokens or engine.batch_size"
                 ) from None
 
-    def _encode(self, request: Request) -> list[int]:
-        if not request.messages:
-            return self.tokenizer(request.prompt)["input_ids"]
-        if not self.tokenizer.chat_template:
+    def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Token ids of every request. A chat template writes the special tokens itself."""
+        chat = [request for request in requests if request.messages]
+        if chat and not self.tokenizer.chat_template:
             raise UserError("prompt.chat is set, but the model's tokenizer has no chat template; set prompt.chat=false")
-        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        templated = [
+            self.tokenizer.apply_chat_template(list(r.messages), tokenize=False, add_generation_prompt=True)
+            for r in chat
+        ]
+        plain = [request.prompt for request in requests if not request.messages]
+        chat_ids = iter(self.tokenizer(templated, add_special_tokens=False)["input_ids"] if templated else [])
+        plain_ids = iter(self.tokenizer(plain)["input_ids"] if plain else [])
+        return [next(chat_ids if request.messages else plain_ids) for request in requests]
 
     def _check_length(self, request: Request, length: int) -> None:
         if length == 0:

@@ -12,8 +12,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 _RIGHT = r"正しい|正解|適切である|適切(?=[。\s]|$)|正(?=[。\s]|$)|○"
 _WRONG = r"誤り|誤って|正しくない|不正解|不適切|適切でない|誤(?=[。\s]|$)|×"
 # What asks for the odd one out: there, `正しい` may mean "fits the question" or "is true".
-_ASKS_FOR_WRONG = re.compile(r"ない(?:の|もの)|誤|不適切|低いの|除く")
-_ASKING_CHARS = 60
+_ASKS_FOR_WRONG = re.compile(r"(?:ない|誤り|誤っている|不適切な|低い)(?:もの|の)?(?:は|を)|除く")
 _ANSWER_LINE = re.compile(r"\n?答え\s*[:：][^\n]*\s*$")
 
 
@@ -65,7 +64,7 @@ def contradicts_itself(candidate: Candidate, question: Question) -> bool:
     verdicts = option_verdicts(candidate.text, question.labels)
     of_answered = {verdicts[label] for label in candidate.answer if label in verdicts}
     of_others = {verdict for label, verdict in verdicts.items() if label not in candidate.answer}
-    if _ASKS_FOR_WRONG.search(question.problem_text[-_ASKING_CHARS:]):
+    if _ASKS_FOR_WRONG.search(question.problem_text):
         return len(of_answered) > 1 or bool(of_answered & of_others)
     return False in of_answered or True in of_others
 

@@ -49,7 +49,7 @@ def test_killed_and_resumed(exam_dir: Path, tiny_model: Path, tmp_path: Path) ->
         exam=ExamConfig(name="invented", data=(exam_dir,)),
         # One sequence at a time and long answers: the kill falls in the middle.
         engine=EngineConfig(device="cpu", batch_size=1),
-        decoding=DecodingConfig(max_new_tokens=MaxNewTokens(answer_only=200, explained=400)),
+        decoding=DecodingConfig(max_new_tokens=MaxNewTokens(answer_only=100, explained=200)),
         resamples=200,
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -68,7 +68,7 @@ def test_all_of_igakuqa_in_both_modes(shared_data: Path, tmp_path: Path) -> None
     model = write_tiny_model(tmp_path / "model", texts=texts, vocab_size=2000)
     config = EvalConfig(
         exam=ExamConfig(name="igakuqa", data=(shared_data / "igakuqa",)),
-        decoding=DecodingConfig(max_new_tokens=MaxNewTokens(answer_only=4, explained=16)),
+        decoding=DecodingConfig(max_new_tokens=MaxNewTokens(answer_only=4, explained=8)),
         resamples=500,
         engine=EngineConfig(device="cpu"),
     )
@@ -89,7 +89,9 @@ def test_all_of_igakuqa_in_both_modes(shared_data: Path, tmp_path: Path) -> None
 def test_pairs_from_the_pharmacists_exam(shared_data: Path, tiny_model: Path, tmp_path: Path, letters: bool) -> None:
     """Real gold comments against samples of a model that can only babble, checked against IgakuQA's questions."""
     config = PairsConfig(
-        questions=ExamConfig(name="yakugakuqa", data=(shared_data / "yakugakuqa" / "2020.jsonl",), text_only=True, limit=60),
+        questions=ExamConfig(
+            name="yakugakuqa", data=(shared_data / "yakugakuqa" / "2020.jsonl",), text_only=True, limit=60
+        ),
         exam=ExamConfig(name="igakuqa", data=(shared_data / "igakuqa",)),
         prompt=PromptConfig(),
         letters=letters,

@@ -80,7 +80,7 @@ def test_the_stability_gap(finished: tuple[dict, Path]) -> None:
 
 def test_requirements(finished: tuple[dict, Path]) -> None:
     rows = finished[0]["requirements"]
-    assert [row["passed"] for row in rows] == [False, True, True]
+    assert [row["met"] for row in rows] == [False, True, True]
     assert rows[0]["value"] == pytest.approx(-1 / 3)
 
 

@@ -105,7 +105,10 @@ def test_pair_reasons() -> None:
     assert pair_reason(candidate(long, "a"), candidate("あ" * 80 + "い" * 20, "b"), config) is None
 
 
-CASE = "五十歳の男性が三日前からの発熱と咳とを主訴に来院した。胸部の写真で右下肺野に浸潤影を認める。最も考えられるのはどれか。"
+CASE = (
+    "五十歳の男性が三日前からの発熱と咳とを主訴に来院した。"
+    "胸部の写真で右下肺野に浸潤影を認める。最も考えられるのはどれか。"
+)
 
 
 def test_contamination_by_near_duplicate() -> None:

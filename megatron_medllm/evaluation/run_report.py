@@ -1,0 +1,288 @@
+"""`medllm report`: what a pipeline run left behind, as summary.json for machines and report.html for people.
+
+A run may lack any part (no preference training, no controls, no exam): the report shows what is there and says what
+is not. Numbers come from the answers, metrics and manifests on disk; nothing is taken from a log's text.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.table import Table
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.run_report_examples import answer_examples, exam_questions
+from megatron_medllm.evaluation.run_report_numbers import (
+    Examined,
+    chance_accuracy,
+    compare_models,
+    is_chance,
+    read_examined,
+    score_model,
+    split_scores,
+)
+from megatron_medllm.evaluation.run_report_plots import Accuracy, accuracy_chart
+from megatron_medllm.evaluation.run_report_training import read_trainings, training_charts, training_facts
+from megatron_medllm.evaluation.run_report_words import (
+    change_sentence,
+    gap_effect,
+    gap_sentence,
+    judge_effect,
+    model_label,
+    model_order,
+    preference_round,
+    rate,
+    signed,
+    signed_interval,
+)
+from megatron_medllm.storage import atomic_write, read_json, read_jsonl, write_json
+
+# Fields of the invented exam's questions_metadata.jsonl: the key in summary.json, and what yes and no are called.
+SPLITS = {
+    "seen_in_preference_training": ("entity in preference training", "seen", "unseen"),
+    "confused_by_careless_writers": ("fact that careless writers confuse", "confused", "never confused"),
+    "known_to_base": ("entity in the base corpus", "known", "new"),
+}
+
+
+def build_report(run_dir: Path) -> dict[str, Any]:
+    """Write `run_dir`/summary.json and `run_dir`/report.html.
+
+    Returns:
+        The contents of summary.json: `models` (a `score_model` each, with `label`, `effect` and `splits`), `effect`
+        (see `judge_effect`), `differences` between models, `chance`, `trainings`, `corpora`, `pairs`, `stages`,
+        `environment`.
+
+    Raises:
+        UserError: `run_dir` holds nothing of a run, or one of its files is broken (named).
+    """
+    examined = _read_all_examined(run_dir)
+    config = _read_config(run_dir)
+    names = sorted({path.parent.name for path in run_dir.glob("*/metrics.jsonl")}, key=model_order)
+    trainings = read_trainings(run_dir, names)
+    if not (config or examined or trainings):
+        raise UserError(f"{run_dir}: holds nothing of a run (no run.yaml, eval/*/summary.json or */metrics.jsonl)")
+    summary = {
+        "name": config.get("name", run_dir.resolve().name),
+        "invented": config.get("demo") is not None,
+        **_exam_part(run_dir, examined),
+        "trainings": {name: training_facts(rows) for name, rows in trainings.items()},
+        "corpora": _manifests(run_dir, "corpus/*/manifest.json"),
+        "pairs": _manifests(run_dir, "pairs*/manifest.json"),
+        "stages": _stages(run_dir),
+        "environment": _optional_json(run_dir / "environment.json"),
+    }
+    page = _page(run_dir, summary, examined, trainings, config)
+    with atomic_write(run_dir / "report.html") as stream:
+        stream.write(page.encode())
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The run's table for the terminal: models by answer only, explained and gap, with 95 % intervals."""
+    effect = summary["effect"]
+    claims = [f"{'✓' if check['holds'] else '✗'} {check['claim']}: {check['figures']}" for check in effect["checks"]]
+    notes = [note["text"] for note in _notes(summary)]
+    found = Table(
+        title=f"{summary['name']}: {summary['exam'] or 'no exam'}, {summary['questions']} questions, accuracy [95 %]",
+        caption="\n".join([effect["headline"], *claims, *notes]),
+        caption_justify="left",
+        title_justify="left",
+    )
+    found.add_column("model", no_wrap=True)
+    for column in ("answer only", "explained", "gap"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for numbers in summary["models"].values():
+        found.add_row(
+            numbers["label"],
+            *(_mode_text(numbers[mode]) for mode in ("answer_only", "explained")),
+            signed_interval(numbers["gap"], numbers["gap_ci95"]).replace("[", "\\["),
+        )
+    return found
+
+
+def _mode_text(numbers: Mapping[str, Any] | None) -> str:
+    return (
+        "–"
+        if numbers is None
+        else f"{rate(numbers['accuracy'])} \\[{rate(numbers['ci95'][0])}, {rate(numbers['ci95'][1])}]"
+    )
+
+
+def _read_all_examined(run_dir: Path) -> dict[str, Examined]:
+    """Finished evaluations by model, in the recipe's order. (eval writes its summary.json last.)"""
+    found = [path.parent for path in run_dir.glob("eval/*/summary.json")]
+    return {path.name: read_examined(path) for path in sorted(found, key=lambda path: model_order(path.name))}
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "run.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a mapping of settings")
+    return found
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _manifests(run_dir: Path, pattern: str) -> dict[str, Any]:
+    return {path.parent.name: read_json(path) for path in sorted(run_dir.glob(pattern))}
+
+
+def _stages(run_dir: Path) -> list[dict[str, Any]]:
+    """Stages by the time they ended. The report's own is not over while this runs."""
+    rows = [{"name": path.stem, **read_json(path)} for path in run_dir.glob("stages/*.json")]
+    return sorted((row for row in rows if row["name"] != "report"), key=lambda row: row["finished_at"])
+
+
+def _exam_part(run_dir: Path, examined: Mapping[str, Examined]) -> dict[str, Any]:
+    before, after = preference_ends(list(examined))
+    models: dict[str, Any] = {}
+    metadata_path = run_dir / "world" / "exam" / "questions_metadata.jsonl"
+    metadata = list(read_jsonl(metadata_path)) if metadata_path.is_file() else []
+    for name, one in examined.items():
+        numbers = score_model(one)
+        splits = {field: split_scores(one, metadata, field) for field in SPLITS}
+        models[name] = {
+            "label": model_label(name, examined),
+            **numbers,
+            "effect": gap_effect(numbers),
+            "splits": {field: parts for field, parts in splits.items() if parts},
+        }
+    first = next(iter(examined.values()), None)
+    change = compare_models(examined[before], examined[after]) if before and after else None
+    return {
+        "exam": first.summary["exam"] if first else None,
+        "questions": first.summary["questions"] if first else 0,
+        "chance": _chance(run_dir, first),
+        "models": models,
+        "effect": judge_effect(models, before=before, after=after, change=change),
+        "differences": [compare_models(examined[one], examined[two]) for one, two in _contests(list(examined))],
+    }
+
+
+def preference_ends(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """The model that preference training started from, and the one that its last round made; None where not examined."""
+    after = max((name for name in names if preference_round(name)), key=preference_round, default=None)
+    before = next((name for name in ("cpt", "base") if name in names), None)
+    return before, after
+
+
+def _contests(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Which models to compare: every step of the recipe, and the last one with each control."""
+    before, after = preference_ends(names)
+    pairs = [("base", "cpt"), (before, after), ("rpo-sft", after), ("rpo-dpo", after)]
+    return [(one, two) for one, two in pairs if one in names and two in names and one is not None and two is not None]
+
+
+def _chance(run_dir: Path, examined: Examined | None) -> float | None:
+    """Blind guessing's accuracy; None when the questions are no longer where the evaluation read them."""
+    questions = exam_questions(run_dir, examined) if examined else {}
+    asked = {problem_id for rows in examined.rows.values() for problem_id in rows} if examined else set()
+    if examined is None or not asked or not asked <= questions.keys():
+        return None
+    revealed = examined.summary["config"]["prompt"]["reveal_count"]
+    return chance_accuracy([questions[problem_id] for problem_id in sorted(asked)], count_revealed=revealed)
+
+
+def _notes(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Warnings that belong above every number."""
+    notes = []
+    if summary["invented"]:
+        text = "Invented content: every disease, drug, fact and question of this run was made up by a generator."
+        notes.append({"title": "Invented content", "text": text})
+    modes = [numbers[mode] for numbers in summary["models"].values() for mode in ("answer_only", "explained")]
+    if modes and all(is_chance(mode, summary["chance"]) for mode in modes if mode is not None):
+        text = f"Scores are chance: no model is above blind guessing ({summary['chance']:.3f}); gaps mean nothing here."
+        notes.append({"title": "Chance", "text": text})
+    return notes
+
+
+def _page(
+    run_dir: Path,
+    summary: dict[str, Any],
+    examined: Mapping[str, Examined],
+    trainings: Mapping[str, list[dict[str, Any]]],
+    config: dict[str, Any],
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("megatron_medllm.evaluation", "."),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"rate": rate, "signed": signed, "seconds": seconds_text, "lines": Markup}
+    before, after = preference_ends(list(examined))
+    if after is None and list(examined) != [before]:
+        before, after = "base", before  # no preference training: show what continued pretraining changed
+    return environment.get_template("run_report.html.jinja").render(
+        summary=summary,
+        notes=_notes(summary),
+        chance_cells={
+            (name, mode): is_chance(numbers[mode], summary["chance"])
+            for name, numbers in summary["models"].items()
+            for mode in ("answer_only", "explained")
+        },
+        gap_sentences=[gap_sentence(numbers["label"], numbers) for numbers in summary["models"].values()],
+        change_sentences=[
+            change_sentence(model_label(row["second"], examined), row, against=model_label(row["first"], examined))
+            for row in summary["differences"]
+        ],
+        accuracy=_accuracy_chart(summary),
+        splits=_split_tables(summary),
+        charts=training_charts(trainings),
+        labels={name: model_label(name, trainings) for name in trainings},
+        examples=answer_examples(run_dir, examined, before=before, after=after),
+        config=yaml.safe_dump(config, allow_unicode=True, sort_keys=False) if config else "",
+        longest_stage=max((row["seconds"] for row in summary["stages"]), default=0.0),
+        world=_optional_json(run_dir / "world" / "summary.json"),
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _accuracy_chart(summary: Mapping[str, Any]) -> Markup | None:
+    if not summary["models"]:
+        return None
+    rows = [
+        Accuracy(numbers["label"], *(_with_interval(numbers[mode]) for mode in ("answer_only", "explained")))
+        for numbers in summary["models"].values()
+    ]
+    return Markup(accuracy_chart(rows, chance=summary["chance"]))
+
+
+def _with_interval(numbers: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    return None if numbers is None else (numbers["accuracy"], *numbers["ci95"])
+
+
+def _split_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table a split: title, and rows of model, part and numbers."""
+    tables = []
+    for field, (title, *names) in SPLITS.items():
+        rows = [
+            {"model": numbers["label"], "part": name, **numbers["splits"][field][key]}
+            for numbers in summary["models"].values()
+            for key, name in zip(("yes", "no"), names, strict=True)
+            if key in numbers["splits"].get(field, {})
+        ]
+        if rows:
+            tables.append({"title": title, "rows": rows})
+    return tables
