@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_medllm.checkpoint.torch_dist import CARRIED_DIR, refuse_unsafe
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape, shape_from_hf_config
+from megatron_medllm.data.tokenizer import load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import read_jsonl
@@ -137,10 +138,8 @@ def _hf_files(path: Path) -> Path:
 
 
 def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
     has_one = (_hf_files(path) / "tokenizer.json").exists()
-    return AutoTokenizer.from_pretrained(_hf_files(path)) if has_one else None
+    return load_tokenizer(_hf_files(path)) if has_one else None
 
 
 def _read_prompts(path: Path, tokenizer: Any) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class RunConfig(Section):
     stage: StageName = Field(default="cpt", description="what `medllm train` trains")
     output: Path | None = Field(default=None, description="the stage's folder; default: RUN_DIR/STAGE")
     model: ModelConfig
-    tokenizer: Path | None = Field(default=None, description="HF tokenizer folder; default: the model's")
+    tokenizer: Path | None = Field(default=None, description="HF tokenizer folder, for a model that brings none")
     layout: LayoutConfig = LayoutConfig()
     corpora: dict[str, CorpusConfig] = Field(default={}, description="data sets that `medllm corpus build` makes")
     base: CptConfig | None = Field(default=None, description="pretraining from random weights (miniatures)")
@@ -68,14 +68,15 @@ class RunConfig(Section):
         """The folder whose tokenizer goes with the model.
 
         Raises:
-            UserError: neither `tokenizer` nor `model.path` is set, or it holds no tokenizer.json.
+            UserError: neither `model.path` nor `tokenizer` holds a tokenizer.json.
         """
-        directory = self.tokenizer or self.model.path
-        if directory is None:
+        candidates = [path for path in (self.model.path, self.tokenizer) if path is not None]
+        if not candidates:
             raise UserError("set tokenizer: the model starts from random weights and brings none")
-        if not (directory / "tokenizer.json").is_file():
-            raise UserError(f"{directory / 'tokenizer.json'}: no such file")
-        return directory
+        for directory in candidates:
+            if (directory / "tokenizer.json").is_file():
+                return directory
+        raise UserError(f"{candidates[0] / 'tokenizer.json'}: no such file")
 
     def tokenizer_file(self) -> Path:
         """`tokenizer.json` of `tokenizer_dir()`."""

@@ -146,9 +146,9 @@ def _encoders(config: RpoConfig, tokenizer_dir: Path) -> tuple[Callable, Callabl
 
 
 def _chat_encoders(tokenizer: Tokenizer, tokenizer_dir: Path, masks: list[re.Pattern]) -> tuple[Callable, Callable]:
-    from transformers import AutoTokenizer
+    from megatron_medllm.data.tokenizer import load_tokenizer  # transformers is slow to import
 
-    chat = AutoTokenizer.from_pretrained(tokenizer_dir)
+    chat = load_tokenizer(tokenizer_dir)
     if chat.chat_template is None:
         raise UserError(f"{tokenizer_dir}: rpo.template=chat, but the tokenizer has no chat template")
 

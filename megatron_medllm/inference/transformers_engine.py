@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_medllm.config.exam import EngineConfig
+from megatron_medllm.data.tokenizer import load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import check_model_dir
 from megatron_medllm.inference.protocol import Completion, FinishReason, Request, cut_at_stop
@@ -31,7 +32,7 @@ class TransformersEngine:
         self._config = config
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            self.tokenizer = load_tokenizer(model_dir)
             self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype]).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
