@@ -43,16 +43,16 @@ def interval_chart(
         left = _LABEL_WIDTH + 130 * index
         parts.append(f'<circle cx="{left}" cy="12" r="5" fill="{COLOURS[index % len(COLOURS)]}"/>')
         parts.append(f'<text x="{left + 10}" y="16">{escape(name)}</text>')
-    for step in range(6):
-        value = lower + (upper - lower) * step / 5
+    steps = 4 if signed else 5  # with 4, zero stands on a line
+    for step in range(steps + 1):
+        value = lower + (upper - lower) * step / steps
         bottom = _TOP + _ROW_HEIGHT * len(rows)
         parts.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_TOP}" y2="{bottom}" stroke="#ddd"/>')
         text = f"{value:+.2f}" if signed else f"{value:.2f}"
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{text}</text>')
     if signed and lower < 0 < upper:
-        parts.append(
-            f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{_TOP + _ROW_HEIGHT * len(rows)}" stroke="#888"/>'
-        )
+        bottom = _TOP + _ROW_HEIGHT * len(rows)
+        parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{bottom}" stroke="#888"/>')
     for number, (label, dots) in enumerate(rows):
         middle = _TOP + _ROW_HEIGHT * (number + 0.5)
         parts.append(f'<text x="{_LABEL_WIDTH - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')

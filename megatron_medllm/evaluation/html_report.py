@@ -68,7 +68,8 @@ def _category_chart(summary: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    reach = max(0.1, *(max(abs(dot.low), abs(dot.high)) for _, dots in rows for dot in dots))
+    widest = max(max(abs(dot.low), abs(dot.high)) for _, dots in rows for dot in dots)
+    reach = next((scale for scale in (0.1, 0.2, 0.4) if widest <= scale), 0.6)  # a tiny category may reach further
     return interval_chart(rows, lower=-reach, upper=reach, signed=True)
 
 

@@ -13,7 +13,13 @@ from megatron_medllm.exams.question import Question
 
 Parser = Literal["lenient", "strict"]
 
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+# Letters, digits and punctuation of either width become the usual ones.
+_ONE_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
+    0x3000: " ",
+    0xFF61: "。",
+    0xFF64: "、",
+    0xFF65: "・",
+}
 _NEXT_QUESTION = re.compile(r"\n\s*(?:問題|設問|質問)\s*\d*\s*[:.]")
 _COLON_MARKER = re.compile(r"(?:答え|正解|正答|解答|回答|answer)[\s*」』】]*(?:は\s*)?[:=]\s*")
 _WORD_MARKER = re.compile(r"(?:答え|正解|正答|解答|回答|answer)\s*(?:は|is)?\s*")
@@ -42,7 +48,7 @@ def parse_answer(output: str, question: Question, *, mode: Mode, parser: Parser 
     """Read the answer from a model's raw `output`, which went on after the prompt of `mode`."""
     if parser == "strict":
         return _parse_strict(output, question, mode)
-    text = output.translate(_FULL_WIDTH).lower()
+    text = output.translate(_ONE_WIDTH).lower()
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     segments = [text] if mode == "answer_only" else []
     for marker in (_COLON_MARKER, _WORD_MARKER):
@@ -83,7 +89,7 @@ def _read_labels(segment: str, question: Question) -> ParsedAnswer:
     digits = question.labels[0].isdigit()
     run = re.compile(r"\d{1,9}(?![\d.])" if digits else r"[a-z]+(?![a-z\d])")
     choices = {
-        label: choice.translate(_FULL_WIDTH).lower().strip()
+        label: choice.translate(_ONE_WIDTH).lower().strip()
         for label, choice in zip(question.labels, question.choices, strict=False)
     }
     position = _OPENING.match(line).end()  # type: ignore[union-attr]

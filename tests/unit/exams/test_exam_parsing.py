@@ -35,6 +35,7 @@ DIGITS = question_from_row(
         ("c,e", "ce"),
         ("e, c", "ce"),
         ("c、e", "ce"),
+        ("c､e｡", "ce"),
         ("c と e", "ce"),
         ("c・e", "ce"),
         ("c and e", "ce"),
