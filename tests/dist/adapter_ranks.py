@@ -19,7 +19,7 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.reduce import sum_metrics
-from tests.dist.launch import new_rendezvous
+from tests.dist.launch import next_rendezvous
 
 # Widths are multiples of 128 on each of two ranks, so that FP8 and NF4 blocks are the same in every layout.
 SHAPE = ModelShape(
@@ -133,6 +133,6 @@ def collect_gradients(models: list[Any]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    for number, listed_job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        new_rendezvous(number)
+    for listed_job in json.loads(Path(sys.argv[1]).read_text()):
+        next_rendezvous()
         train(listed_job)

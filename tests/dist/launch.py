@@ -11,18 +11,33 @@ from pathlib import Path
 import torch.distributed as dist
 
 REPOSITORY = Path(__file__).parents[2]
+_PORTS = "MEDLLM_TEST_PORTS"
 
 
-def run_ranks(world_size: int, module: str, *arguments: str, timeout_s: float) -> None:
+def run_ranks(world_size: int, module: str, *arguments: str, timeout_s: float, runtimes: int = 1) -> None:
     """Run `python -m module arguments...` as that many ranks on this machine.
+
+    Args:
+        world_size: number of ranks.
+        module: importable from the repository's root.
+        arguments: the same for every rank.
+        timeout_s: after which the ranks are ended.
+        runtimes: how many process groups the module starts one after the other, each after `next_rendezvous`.
 
     Raises:
         AssertionError: a rank failed or the time ran out; shows the output of the rank that failed first.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here, so its port cannot be lost
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size)}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared |= {"TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    # The stores live here: a port picked now and bound later could be lost, and a store used twice holds stale keys.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(runtimes)]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(stores[0].port),
+        _PORTS: ",".join(str(store.port) for store in stores),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     with tempfile.TemporaryDirectory() as directory:
         logs = [Path(directory, f"rank{rank}.log") for rank in range(world_size)]
         ranks = [_start(rank, log, module, arguments, shared) for rank, log in enumerate(logs)]
@@ -38,9 +53,10 @@ def run_ranks(world_size: int, module: str, *arguments: str, timeout_s: float) -
             raise AssertionError(f"rank {rank} of {world_size} {reason}:\n{logs[rank].read_text()[-6000:]}")
 
 
-def new_rendezvous(number: int) -> None:
-    """In a rank: let the next process group find none of the keys of the ones before it."""
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+def next_rendezvous() -> None:
+    """In a rank: give the next process group a store of its own."""
+    port, _, rest = os.environ[_PORTS].partition(",")
+    os.environ["MASTER_PORT"], os.environ[_PORTS] = port, rest
 
 
 def _start(rank: int, log: Path, module: str, arguments: tuple[str, ...], shared: dict[str, str]) -> subprocess.Popen:
