@@ -4,7 +4,7 @@ A run may lack any part (no preference training, no controls, no exam): the repo
 is not. Numbers come from the answers, metrics and manifests on disk; nothing is taken from a log's text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_medllm.evaluation.run_report_numbers import (
 from megatron_medllm.evaluation.run_report_plots import Accuracy, accuracy_chart
 from megatron_medllm.evaluation.run_report_training import read_trainings, training_charts, training_facts
 from megatron_medllm.evaluation.run_report_words import (
+    CONTROLS,
     change_sentence,
     gap_effect,
     gap_sentence,
@@ -36,7 +37,6 @@ from megatron_medllm.evaluation.run_report_words import (
     preference_round,
     rate,
     signed,
-    signed_interval,
 )
 from megatron_medllm.storage import atomic_write, read_json, read_jsonl, write_json
 
@@ -88,7 +88,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     claims = [f"{'✓' if check['holds'] else '✗'} {check['claim']}: {check['figures']}" for check in effect["checks"]]
     notes = [note["text"] for note in _notes(summary)]
     found = Table(
-        title=f"{summary['name']}: {summary['exam'] or 'no exam'}, {summary['questions']} questions, accuracy [95 %]",
+        title=f"{summary['name']}: accuracy on {summary['questions']} questions, with 95 % intervals",
         caption="\n".join([effect["headline"], *claims, *notes]),
         caption_justify="left",
         title_justify="left",
@@ -99,18 +99,17 @@ def table(summary: Mapping[str, Any]) -> Table:
     for numbers in summary["models"].values():
         found.add_row(
             numbers["label"],
-            *(_mode_text(numbers[mode]) for mode in ("answer_only", "explained")),
-            signed_interval(numbers["gap"], numbers["gap_ci95"]).replace("[", "\\["),
+            *(
+                _two_lines(rate(cell["accuracy"]), cell["ci95"], rate) if cell else "–"
+                for cell in (numbers["answer_only"], numbers["explained"])
+            ),
+            "–" if numbers["gap"] is None else _two_lines(signed(numbers["gap"]), numbers["gap_ci95"], signed),
         )
     return found
 
 
-def _mode_text(numbers: Mapping[str, Any] | None) -> str:
-    return (
-        "–"
-        if numbers is None
-        else f"{rate(numbers['accuracy'])} \\[{rate(numbers['ci95'][0])}, {rate(numbers['ci95'][1])}]"
-    )
+def _two_lines(value: str, ci95: Sequence[float], form: Callable[[float], str]) -> str:
+    return f"[bold]{value}[/]\n[dim]{form(ci95[0])} … {form(ci95[1])}[/]"
 
 
 def _read_all_examined(run_dir: Path) -> dict[str, Examined]:
@@ -162,18 +161,21 @@ def _exam_part(run_dir: Path, examined: Mapping[str, Examined]) -> dict[str, Any
         }
     first = next(iter(examined.values()), None)
     change = compare_models(examined[before], examined[after]) if before and after else None
+    chance = _chance(run_dir, first)
+    at_chance = all_at_chance(models.values(), chance)
     return {
         "exam": first.summary["exam"] if first else None,
         "questions": first.summary["questions"] if first else 0,
-        "chance": _chance(run_dir, first),
+        "chance": chance,
+        "at_chance": at_chance,
         "models": models,
-        "effect": judge_effect(models, before=before, after=after, change=change),
+        "effect": judge_effect(models, before=before, after=after, change=change, at_chance=at_chance),
         "differences": [compare_models(examined[one], examined[two]) for one, two in _contests(list(examined))],
     }
 
 
 def preference_ends(names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The model that preference training started from, and the one that its last round made; None where not examined."""
+    """What preference training started from and what its last round made; None where that was not examined."""
     after = max((name for name in names if preference_round(name)), key=preference_round, default=None)
     before = next((name for name in ("cpt", "base") if name in names), None)
     return before, after
@@ -196,14 +198,19 @@ def _chance(run_dir: Path, examined: Examined | None) -> float | None:
     return chance_accuracy([questions[problem_id] for problem_id in sorted(asked)], count_revealed=revealed)
 
 
+def all_at_chance(models: Iterable[Mapping[str, Any]], chance: float | None) -> bool:
+    """Whether there are scores, and none of them is above blind guessing."""
+    modes = [numbers[mode] for numbers in models for mode in ("answer_only", "explained") if numbers[mode] is not None]
+    return bool(modes) and all(is_chance(mode, chance) for mode in modes)
+
+
 def _notes(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Warnings that belong above every number."""
     notes = []
     if summary["invented"]:
         text = "Invented content: every disease, drug, fact and question of this run was made up by a generator."
         notes.append({"title": "Invented content", "text": text})
-    modes = [numbers[mode] for numbers in summary["models"].values() for mode in ("answer_only", "explained")]
-    if modes and all(is_chance(mode, summary["chance"]) for mode in modes if mode is not None):
+    if summary["at_chance"]:
         text = f"Scores are chance: no model is above blind guessing ({summary['chance']:.3f}); gaps mean nothing here."
         notes.append({"title": "Chance", "text": text})
     return notes
@@ -240,6 +247,7 @@ def _page(
             change_sentence(model_label(row["second"], examined), row, against=model_label(row["first"], examined))
             for row in summary["differences"]
         ],
+        controls=[name for name in summary["models"] if name in CONTROLS],
         accuracy=_accuracy_chart(summary),
         splits=_split_tables(summary),
         charts=training_charts(trainings),

@@ -80,7 +80,7 @@ def _mode_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ci95": [interval.low, interval.high],
         "n": len(rows),
         "correct": correct,
-        "malformed": sum(row["malformed_reason"] is not None for row in rows),
+        "malformed": sum(row["parsed"] is None for row in rows),
         "points_rate": sum(row["points"] for row in rows) / possible if possible else None,
     }
 

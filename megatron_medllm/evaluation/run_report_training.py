@@ -96,7 +96,7 @@ def _preference_charts(
         ),
         Chart(
             f"{label}: log-probabilities of the answers",
-            "Policy, summed over an answer's tokens, mean of the step's pairs; dashed: the reference on the same pairs.",
+            "Policy, summed over an answer's tokens, mean of the step's pairs; dashed: the reference on them.",
             logprobs,
         ),
         Chart(

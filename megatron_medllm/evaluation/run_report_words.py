@@ -7,9 +7,10 @@ from typing import Any
 _LABELS = {
     "base": "Base",
     "cpt": "CPT",
-    "rpo-sft": "control: SFT on the chosen answers",
-    "rpo-dpo": "control: DPO without the NLL",
+    "rpo-sft": "SFT only (control)",
+    "rpo-dpo": "DPO only (control)",
 }
+CONTROLS = ("rpo-sft", "rpo-dpo")
 _ROUND = re.compile(r"rpo(?:-(\d+))?$")
 HEADLINES = {
     "yes": "The effect shows in this run.",
@@ -39,7 +40,7 @@ def model_order(name: str) -> tuple[int, int, str]:
     number = preference_round(name)
     if number:
         return 2, number, name
-    return {"base": 0, "cpt": 1, "rpo-sft": 3, "rpo-dpo": 3}.get(name, 4), 0, name
+    return {"base": 0, "cpt": 1, **dict.fromkeys(CONTROLS, 3)}.get(name, 4), 0, name
 
 
 def rate(value: float | None) -> str:
@@ -93,7 +94,12 @@ def change_sentence(label: str, change: Mapping[str, Any], *, against: str) -> s
 
 
 def judge_effect(
-    models: Mapping[str, Mapping[str, Any]], *, before: str | None, after: str | None, change: Mapping[str, Any] | None
+    models: Mapping[str, Mapping[str, Any]],
+    *,
+    before: str | None,
+    after: str | None,
+    change: Mapping[str, Any] | None,
+    at_chance: bool,
 ) -> dict[str, Any]:
     """Does the run show the published pattern: a loss when explaining, that preference training mends for nothing?
 
@@ -101,6 +107,7 @@ def judge_effect(
         models: `score_model` by name.
         before, after: the models that preference training started from and ended in.
         change: `compare_models(before, after)`.
+        at_chance: no model is above blind guessing, so that there is nothing to lose or to mend.
 
     Returns:
         `shows` (yes, partly, no, unknown), `headline`, and `checks`: claims with `holds` and the figures.
@@ -148,9 +155,12 @@ def judge_effect(
             short["ci95"],
         ),
     ]
-    shows = "no"
-    if starting_loses and narrows:
+    if at_chance:
+        shows = "unknown"
+    elif starting_loses and narrows:
         shows = "yes" if all(check["holds"] for check in checks) else "partly"
+    else:
+        shows = "no"
     return {"shows": shows, "headline": HEADLINES[shows], "checks": checks}
 
 
