@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
@@ -141,6 +143,38 @@ def test_chunk_size_does_not_matter():
     for other in results[1:]:
         for value, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen_weight": True}, {"uniform_grad": 1.0}])
+def test_no_logits_tensor_is_made(options):
+    case = make_case(tokens=64, hidden=8, vocab=4000, padding=0, ignored="none")
+    chunk_of_logits, weight_sized, all_logits = 4 * 4000, 4000 * 8, 64 * 4000
+    with LargestTensor() as largest:
+        _, _, logprobs, _ = run(case, chunk_tokens=4, **options)
+        logprobs.sum().backward()
+    assert largest.numbers <= max(chunk_of_logits, weight_sized) < all_logits / 4
+
+
+def test_ignored_rows_never_reach_the_head():
+    case = make_case(tokens=64, hidden=8, vocab=4000, padding=0, ignored="none")
+    case.target[3:] = -100
+    with LargestTensor() as largest:
+        _, _, logprobs, _ = run(case, chunk_tokens=64, frozen_weight=True)
+        logprobs.sum().backward()
+    assert largest.numbers == 4000 * 8  # the weight's transpose; the logits of three rows are 12,000
 
 
 def test_scoring_keeps_nothing():
