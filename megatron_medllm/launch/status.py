@@ -103,17 +103,22 @@ def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     return StageStatus(stage, job_id, state, step, total, rate, eta, max(0, len(starts) - 1), reason)
 
 
-def last_metrics(path: Path) -> dict:
-    """The last complete line of a metrics file that holds a training step; empty without one."""
+def last_metrics(path: Path, *, having: str = "step_time_s") -> dict:
+    """The last complete line of a metrics file that has a number called `having`; empty without one."""
     if not path.is_file():
         return {}
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = stream.read().split(b"\n")[:-1]
     for line in reversed(lines):
-        if b'"step"' in line and b'"step_time_s"' in line and line.startswith(b"{"):
+        if f'"{having}"'.encode() in line and line.startswith(b"{"):
             return orjson.loads(line)
     return {}
+
+
+def last_save_time_s(path: Path) -> float | None:
+    """Seconds of the newest save that a metrics file (`save_s`) knows of."""
+    return last_metrics(path, having="save_s").get("save_s")
 
 
 def status_report(stages: list[StageStatus]) -> str:

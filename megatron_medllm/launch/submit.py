@@ -120,7 +120,7 @@ def git_state() -> dict[str, str]:
 
 def queue(files: RunFiles, stage: str) -> str:
     """Hand a rendered script to sbatch, with the site settings in its environment; returns the job id."""
-    command = 'source "$1"; exec sbatch --parsable --chdir="$2" "$3" "$2" "$4"'
+    command = 'source "$1"; exec sbatch --parsable "$3" "$2" "$4"'
     arguments = [str(files.launch / "env.sh"), str(files.run), str(files.script(stage)), stage]
     try:
         done = subprocess.run(

@@ -66,8 +66,13 @@ class Plan:
     @property
     def training_time_s(self) -> float | None:
         """Seconds of training without failures for the token budget; None without a budget."""
+        return None if self.total_steps is None else self.total_steps * self.step.total_s
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps for the token budget; None without a budget."""
         budget = self.workload.token_budget
-        return None if budget is None else -(-budget // self.workload.tokens_per_step) * self.step.total_s
+        return None if budget is None else -(-budget // self.workload.tokens_per_step)
 
 
 def plan(workload: Workload, hardware: Hardware | str = "h100-sxm") -> Plan:

@@ -1,0 +1,93 @@
+"""The laptop recipe's first stages as a chain on a real Slurm, its training on two nodes of two processes each.
+
+A training that is told to save (USR1), requeued and resumed ends with the very losses of one that is left alone.
+"""
+
+import subprocess
+from pathlib import Path
+
+import yaml
+from conftest import LocalSlurm, ended, starts
+
+from megatron_medllm.config.run import RunConfig, load
+from megatron_medllm.launch.jobs import RunFiles
+from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.status import run_status
+from megatron_medllm.launch.submit import submit
+from megatron_medllm.recipe import recipe_stages
+from megatron_medllm.storage import read_jsonl
+
+STEPS = 60
+RECIPE = {
+    "model": {
+        "shape": {
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 128,
+            "vocab_size": 1536,
+            "tie_embeddings": True,
+        },
+        "dtype": "float32",
+    },
+    "layout": {"nodes": 2, "gpus_per_node": 2, "tp": 2},
+    "base": {
+        "train_tokens": STEPS * 4 * 256,
+        "sequence_length": 256,
+        "global_batch_size": 4,
+        "optimizer": {"lr": 0.003},
+    },
+}
+WORLD = {"base_documents": 800, "medical_documents": 50, "exam_questions": 24, "development_questions": 24}
+
+
+def recipe(directory: Path, run_dir: Path, *, corpus: Path | None) -> RunConfig:
+    """The recipe in `run_dir`; its corpus is built there too, or read from another run's."""
+    tokenizer = (corpus or run_dir) / "world" / "tokenizer"
+    settings = {
+        **RECIPE,
+        "run_dir": str(run_dir),
+        "tokenizer": str(tokenizer),
+        "base": {**RECIPE["base"], "data": [{"path": str((corpus or run_dir) / "corpus" / "base")}]},
+    }
+    if corpus is None:
+        source = {"paths": str(run_dir / "world" / "base.jsonl")}
+        settings["demo"] = {**WORLD, "train_questions": 24}
+        settings["corpora"] = {"base": {"sources": {"base": source}, "tokenizer": str(tokenizer), "eod_id": 1}}
+    path = directory / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return load(path, [])
+
+
+def submit_recipe(slurm: LocalSlurm, run: RunConfig) -> dict[str, str]:
+    stages = recipe_stages(run, RunFiles(run.run_dir).config)
+    cluster = slurm.cluster()
+    jobs = recipe_jobs(run, stages, cluster)
+    config_text = yaml.safe_dump(run.model_dump(mode="json"))
+    return submit(run.run_dir, jobs, cluster, config_text=config_text).job_ids
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    path = run_dir / "base" / "metrics.jsonl"
+    return {row["step"]: row["loss"] for row in read_jsonl(path) if "loss" in row} if path.exists() else {}
+
+
+def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: LocalSlurm, tmp_path: Path) -> None:
+    interrupted, left_alone = tmp_path / "interrupted", tmp_path / "left-alone"
+    ids = submit_recipe(slurm, recipe(tmp_path, interrupted, corpus=None))
+    assert list(ids) == ["world", "corpus-base", "base"]
+    slurm.wait(lambda: len(losses(interrupted)) >= 5, "five steps", timeout_s=300)
+    subprocess.run(["scancel", "--signal=USR1", ids["base"]], check=True)
+    slurm.wait(lambda: RunFiles(interrupted).ended("base").exists(), "the requeue", timeout_s=120)
+    assert ended(interrupted, "base")["reason"] == "saved and stopped on a signal or the time limit"
+    assert slurm.wait_for_state(ids["base"], "COMPLETED", "FAILED", timeout_s=300) == "COMPLETED"
+    assert [s.restarts for s in run_status(interrupted)] == [0, 0, 1]
+    assert 5 <= starts(interrupted, "base")[1]["step"] < STEPS
+
+    again = submit_recipe(slurm, recipe(tmp_path, left_alone, corpus=interrupted))
+    assert slurm.wait_for_state(again["base"], "COMPLETED", "FAILED", timeout_s=300) == "COMPLETED"
+    assert len(starts(left_alone, "base")) == 1
+    assert len(losses(left_alone)) == STEPS
+    assert losses(interrupted) == losses(left_alone)
+    assert (interrupted / "base" / "hf" / "config.json").is_file()
