@@ -1,5 +1,6 @@
 """`medllm`: parse, load the configuration, call one job. No logic."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperGroup
 
 from megatron_medllm.errors import UserError
 
@@ -20,7 +22,22 @@ app = typer.Typer(
     "Every command takes a YAML file and key=value overrides, e.g. cpt.optimizer.lr=1e-5.",
 )
 corpus_app = typer.Typer(no_args_is_help=True, help="Japanese text to Megatron's indexed data sets.")
-eval_app = typer.Typer(no_args_is_help=True, help="Exams: with and without explanations, compared and scored.")
+
+
+class DefaultToRun(TyperGroup):
+    """`medllm eval CONFIG` means `medllm eval run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    cls=DefaultToRun,
+    help="Exams, with and without explanations: `medllm eval CONFIG`, or compare and score below.",
+)
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(eval_app, name="eval")
 
@@ -150,6 +167,167 @@ def eval_run(config: Config, overrides: Overrides = None) -> None:
     summary = run_exam(run.eval, run.model.path, output)
     console.print((output / "report.md").read_text())
     raise typer.Exit(0 if all(r["met"] for r in summary["requirements"]) else 1)
+
+
+@eval_app.command("compare")
+def eval_compare(
+    directories: Annotated[list[Path], typer.Argument(help="folders that `medllm eval` wrote; the first is the base")],
+    published: Annotated[bool, typer.Option(help="add the literature's rows, marked as published")] = True,
+) -> None:
+    """Put evaluations beside each other, with paired intervals for their differences."""
+    from megatron_medllm.evaluation.compare import compare, compare_markdown
+
+    console.print(compare_markdown(compare(directories, published=published)), markup=False)
+
+
+@eval_app.command("score")
+def eval_score(
+    predictions: Annotated[list[Path], typer.Argument(help="JSON lines of problem_id and prediction, such as a,c")],
+    data: Annotated[list[Path], typer.Option(help="the exam's files or folders")],
+    exam: Annotated[str, typer.Option(help="igakuqa, yakugakuqa, or any name (no pass rules then)")] = "igakuqa",
+    text_only: Annotated[bool, typer.Option("--text-only", help="leave out questions with an image")] = False,
+    parser: Annotated[str, typer.Option(help="strict: as the official scorer; lenient: as people read")] = "strict",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score predictions that were made elsewhere, by the official rules."""
+    from megatron_medllm.evaluation.score_file import score_predictions
+
+    if parser not in ("strict", "lenient"):
+        raise UserError(f"--parser {parser}: expected strict or lenient")
+    result = score_predictions(exam, data, predictions, text_only=text_only, parser=parser)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    console.print(f"{result['correct']}/{result['n']} correct, {result['points']}/{result['possible']} points")
+    console.print_json(data=result["by_year"])
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory")],
+    checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint to make")],
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the source's")] = None,
+    workers: Annotated[int, typer.Option(help="threads")] = 2,
+) -> None:
+    """Convert a Hugging Face directory to a Megatron distributed checkpoint, tensor by tensor."""
+    from megatron_medllm.checkpoint.convert import import_hf
+
+    import_hf(hf_dir, checkpoint, dtype=_dtype(dtype), workers=workers)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint, imported or of any training run")],
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory to make")],
+    source: Annotated[Path | None, typer.Option(help="HF directory with config.json and tokenizer")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
+    shard_size_gb: Annotated[float, typer.Option("--shard-size", help="GB of one safetensors file")] = 5.0,
+    workers: Annotated[int, typer.Option(help="threads")] = 2,
+) -> None:
+    """Convert a Megatron distributed checkpoint to a Hugging Face directory, tensor by tensor."""
+    from megatron_medllm.checkpoint.convert import export_checkpoint
+
+    shard_bytes = int(shard_size_gb * 1e9)
+    export_checkpoint(
+        checkpoint, hf_dir, source_dir=source, dtype=_dtype(dtype), shard_bytes=shard_bytes, workers=workers
+    )
+
+
+def _dtype(name: str | None) -> Any:
+    from megatron_medllm.models.qwen25 import DTYPES
+
+    if name is not None and name not in DTYPES:
+        raise UserError(f"--dtype {name}: expected {' or '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="HF directory or distributed checkpoint")],
+    second: Annotated[Path, typer.Argument(help="likewise")],
+    prompts: Annotated[Path, typer.Option(help="a prompt a line, or JSON lines of prompt or ids")],
+    tolerance: Annotated[float, typer.Option(help="largest logit difference, relative to the logits' scale")] = 1e-4,
+    new_tokens: Annotated[int, typer.Option(help="length of the greedy continuations")] = 16,
+) -> None:
+    """Compare two checkpoints by logits and greedy continuations. Exit status 1: they differ."""
+    from megatron_medllm.checkpoint.verify import compare
+
+    found = compare(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False)
+    raise typer.Exit(0 if found.agree else 1)
+
+
+@corpus_app.command("inspect")
+def corpus_inspect(
+    prefix: Annotated[Path, typer.Argument(help="a .bin/.idx pair, with or without suffix")],
+    samples: Annotated[int, typer.Option(help="documents to decode")] = 1,
+) -> None:
+    """Check an indexed data set against its manifest and show decoded samples."""
+    from megatron_medllm.corpus.inspect import inspect
+
+    console.print(str(inspect(prefix, samples=samples)), markup=False, highlight=False)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    hardware: Annotated[str, typer.Option(help="h100-sxm, h200, a100-80g, or a .json file")] = "h100-sxm",
+    search: Annotated[bool, typer.Option("--search", help="rank all layouts that fit")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what `stage` needs per GPU and what it will reach, before anything is submitted."""
+    from megatron_medllm.planner.from_config import workload_of
+    from megatron_medllm.planner.plan import plan as make_plan
+    from megatron_medllm.planner.report import plan_report, plan_values, search_report
+    from megatron_medllm.planner.search import search as search_layouts
+
+    workload = workload_of(_load(config, overrides))
+    if search:
+        console.print(search_report(search_layouts(workload, hardware)), markup=False, highlight=False)
+        return
+    found = make_plan(workload, hardware)
+    if as_json:
+        console.print_json(data=plan_values(found))
+        return
+    console.print(plan_report(found), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    stages: Annotated[str | None, typer.Option(help="comma-separated stages; default: the whole recipe")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, submit nothing")] = False,
+    force: Annotated[bool, typer.Option("--force", help="submit although the plan does not fit")] = False,
+) -> None:
+    """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
+    from megatron_medllm.recipe import submit_recipe
+
+    wanted = stages.split(",") if stages else None
+    console.print(
+        submit_recipe(_load(config, overrides), stages=wanted, dry_run=dry_run, force=force),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
+    """Show stage, step, rate, time left and restarts of a submitted run."""
+    from megatron_medllm.launch.status import run_status, status_report
+
+    console.print(status_report(run_status(run_dir)), markup=False, highlight=False)
+
+
+@app.command()
+def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
+    """Cancel the jobs of this run, and of this run only."""
+    from megatron_medllm.launch.status import cancel as cancel_run
+
+    console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
 
 
 @app.command()

@@ -1,56 +1,36 @@
-"""The workload that a run's configuration describes."""
-
-from typing import Any
+"""The planner's workload of a recipe's stage."""
 
 from megatron_medllm.config.run import RunConfig
-from megatron_medllm.config.train import CptConfig, RpoConfig
-from megatron_medllm.errors import UserError
-from megatron_medllm.planner.workload import Mode, Precision, Workload
+from megatron_medllm.config.train import RpoConfig
+from megatron_medllm.planner.workload import Mode, Workload
 
-MODES: dict[str, Mode] = {"bf16": "lora", "fp8": "fp8-lora", "nf4": "qlora"}
+_MODES: dict[str, Mode] = {"bf16": "lora", "nf4": "qlora", "fp8": "fp8-lora"}
 
 
 def workload_of(run: RunConfig) -> Workload:
-    """The training of `run.stage` under `run.layout`.
-
-    RPO's batch counts pairs; it is planned as one packed row per pair, an upper bound.
+    """What `run.stage` asks of the machine. A preference pair is planned as one full row, the most it can take.
 
     Raises:
-        UserError: the stage has no section, or layout, model and batch do not fit each other.
+        UserError: the recipe has no such stage, or model, layout and batch do not fit each other.
     """
-    section = run.stage_config()
-    precision: Precision = "fp32" if run.model.dtype == "float32" else "bf16"
-    if section.fp8 != "none":
-        precision = "fp8"
-    settings: dict[str, Any] = {}
-    if section.adapter is not None:
-        settings = {
-            "mode": MODES[section.adapter.base],
-            "lora_rank": section.adapter.rank,
-            "lora_targets": section.adapter.targets,
-        }
+    config = run.stage_config()
+    precision = "fp32" if run.model.dtype == "float32" else "bf16" if config.fp8 == "none" else "fp8"
+    rpo = isinstance(config, RpoConfig)
+    batch = config.global_batch_size
+    if rpo:
+        per_round = config.micro_batch_size * run.layout.data_parallel_size
+        batch = -(-batch // per_round) * per_round
     return Workload(
         shape=run.model.resolve_shape(),
         layout=run.layout,
+        mode=_MODES[config.adapter.base] if config.adapter else "full",
         precision=precision,
-        objective="rpo" if isinstance(section, RpoConfig) else "cpt",
+        objective="rpo" if rpo else "cpt",
         backend=run.model.backend,
-        sequence_length=section.sequence_length,
-        micro_batch_size=section.micro_batch_size,
-        global_batch_size=section.global_batch_size,
-        token_budget=section.train_tokens if isinstance(section, CptConfig) else None,
-        **settings,
+        sequence_length=config.sequence_length,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=batch,
+        lora_rank=config.adapter.rank if config.adapter else 16,
+        lora_targets=config.adapter.targets if config.adapter else (),
+        token_budget=getattr(config, "train_tokens", None),
     )
-
-
-def hardware_of(run: RunConfig, name: str | None = None) -> str:
-    """The hardware to plan for: `name`, else the cluster's.
-
-    Raises:
-        UserError: neither is given.
-    """
-    if name is not None:
-        return name
-    if run.cluster is None:
-        raise UserError("name the hardware: --hardware h100-sxm, or cluster.hardware in the configuration")
-    return run.cluster.hardware

@@ -1,0 +1,63 @@
+# `make demo` and `make test` do everything on a fresh machine; both may be run again at once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+UV     := $(shell command -v uv 2>/dev/null)
+# uv does not read pip's PIP_FIND_LINKS: hand it on.
+UV_LINKS := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+
+.PHONY: help demo test test-slurm lint clean
+
+help:
+	@echo "make demo        the whole recipe on an invented miniature world, ending in a table and an HTML report"
+	@echo "make test        the whole test suite"
+	@echo "make test-slurm  the batch jobs on a local Slurm (Debian's slurm-wlm; needs root to install it)"
+	@echo "make lint        ruff, mypy, the import contract, shellcheck"
+
+# A stamp file per set of dependencies, so that a second run installs nothing.
+$(VENV)/.made:
+	@echo "== making $(VENV)"
+ifneq ($(UV),)
+	uv venv --python $(PYTHON) $(VENV)
+else
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+endif
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made requirements.txt pyproject.toml
+	@echo "== installing the package"
+ifneq ($(UV),)
+	uv pip install --python $(BIN)/python $(UV_LINKS) --editable .
+else
+	$(BIN)/python -m pip install --quiet --editable .
+endif
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "== installing what the tests need"
+ifneq ($(UV),)
+	uv pip install --python $(BIN)/python $(UV_LINKS) --editable ".[test]"
+else
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+endif
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/medllm pipeline examples/laptop.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tools/*.sh; else echo "shellcheck is not installed: skipped"; fi
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
