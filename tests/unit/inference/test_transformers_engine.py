@@ -35,9 +35,9 @@ def alone(tiny_model: Path) -> dict[str, list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     found = {}
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
-        found[prompt] = output[0, ids["input_ids"].shape[1] :].tolist()
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        output = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        found[prompt] = output[0, ids.shape[1] :].tolist()
     return found
 
 
