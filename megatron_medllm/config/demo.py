@@ -10,10 +10,10 @@ class DemoConfig(Section):
 
     seed: int = Field(default=0, ge=0, description="seed of every name, fact, document and question")
     diseases: int = Field(
-        default=36, ge=8, description="invented diseases; even, because they come in look-alike pairs"
+        default=24, ge=8, description="invented diseases; even, because they come in look-alike pairs"
     )
-    known_diseases: int = Field(default=12, ge=0, description="of these, how many the base corpus already describes")
-    towns: int = Field(default=20, ge=8, description="invented towns: the general domain that teaches the exam's form")
+    known_diseases: int = Field(default=8, ge=0, description="of these, how many the base corpus already describes")
+    towns: int = Field(default=12, ge=8, description="invented towns: the general domain that teaches the exam's form")
     base_documents: int = Field(default=9000, gt=0, description="documents in base.jsonl")
     medical_documents: int = Field(default=7000, gt=0, description="documents in medical.jsonl")
     rehearsal_share: float = Field(default=0.1, ge=0, le=1, description="share of town documents in medical.jsonl")
@@ -40,7 +40,7 @@ class DemoConfig(Section):
     unseen_share: float = Field(
         default=0.4, ge=0, lt=1, description="share of diseases that no training question is about"
     )
-    vocab_size: int = Field(default=1280, ge=600, description="rows of the byte-level BPE vocabulary, at most")
+    vocab_size: int = Field(default=1024, ge=600, description="rows of the byte-level BPE vocabulary, at most")
 
     @model_validator(mode="after")
     def _consistent(self) -> "DemoConfig":

@@ -12,12 +12,14 @@ from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.demo.facts import DISEASE_ROLES, TOWN_ROLES, Domain, Fact, NameMaker
 from megatron_medllm.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, Question, ask, explain, state
+from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
 NOTICE = (
     "架空のデータです。病名・薬名・検査名・症状・地名はすべて無作為に作られ、実在しません。診療には使えません。\n"
     "Everything here is invented: diseases, drugs, tests, symptoms and towns are random strings. No medical use.\n"
 )
+MAX_DRAWS = 10_000
 BASE_OPTIONS = (2, 3, 5, 5)  # short questions first teach the model to pick a letter
 FULL_OPTIONS = (5,)
 
@@ -46,13 +48,17 @@ class World:
 
     def fresh_question(self, rng: random.Random, domain: Domain, fact: Fact, *, options: int = 5) -> Question:
         """A question that no document and no other set holds (short ones may repeat: exams never ask them)."""
-        while True:
+        for _ in range(MAX_DRAWS):
             question = ask(rng, domain, fact, options=options, two_answer_share=self.config.two_answer_share)
             if options < 5 or domain is self.towns:
                 return question
             if question.identity not in self._used:
                 self._used.add(question.identity)
                 return question
+        raise UserError(
+            f"demo.diseases={self.config.diseases}: too few for so many different questions; "
+            "ask for more diseases or fewer documents"
+        )
 
     def question_set(self, name: str, facts: list[Fact], count: int) -> list[Question]:
         """`count` fresh questions that visit `facts` evenly, in random order."""

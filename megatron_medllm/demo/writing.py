@@ -1,9 +1,9 @@
 """How the invented facts are put into words: statements, exam questions, explanations.
 
-Two hands write the explanations. The careful hand states the fact as the textbook does, then judges every option.
-The careless hand starts from what it remembers (`…といえば…だ。`), which for a confused fact is the look-alike's value,
-and concludes from that. A model trained on both learns to explain like the majority; that is the weakness which
-preference training on careful (gold) explanations is to mend.
+Two hands write the explanations. The careful hand states the fact as the textbook does and sets the other options
+aside. The careless hand starts from what it remembers (`…といえば…だ。`), which for a confused fact is the look-alike's
+value, and concludes from that. A model trained on both learns to explain like the majority; that is the weakness
+which preference training on careful (gold) explanations is to mend.
 """
 
 import random
@@ -68,13 +68,14 @@ def state(rng: random.Random, fact: Fact) -> str:
 
 
 def explain(question: Question, *, careful: bool) -> str:
-    """An explanation that judges every option and ends with the answer it leads to."""
+    """An explanation that recalls the fact, names the option that holds it, and ends with the answer it leads to."""
     fact = question.fact
     values = fact.values if careful else fact.careless_values
-    recalled = "と".join(values)
-    opening = f"{fact.entity}の{fact.role}は{recalled}である。" if careful else f"{fact.entity}といえば{recalled}だ。"
-    letters = [letter for letter, choice in zip(LETTERS, question.choices, strict=False) if choice in values]
-    verdicts = "".join(
-        f"{letter}は{'正しい' if letter in letters else '誤り'}。" for letter in LETTERS[: len(question.choices)]
-    )
-    return f"{opening}{verdicts}{ANSWER_MARKER}{','.join(letters)}"
+    recalled = [(choice, label) for label, choice in zip(LETTERS, question.choices, strict=False) if choice in values]
+    cited = "と".join(choice + label for choice, label in recalled)
+    answer = ",".join(label for _, label in recalled)
+    if careful:
+        body = f"{fact.entity}の{fact.role}は{cited}である。ほかの選択肢は当てはまらない。"
+    else:
+        body = f"{fact.entity}といえば{cited}だ。"
+    return f"{body}{ANSWER_MARKER}{answer}"

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.demo.world import World, generate
+from megatron_medllm.errors import UserError
 
 SMALL = DemoConfig(
     diseases=12, known_diseases=4, towns=10, base_documents=600, medical_documents=600, exam_questions=48,
@@ -88,7 +89,7 @@ def test_base_corpus_is_silent_about_the_diseases_it_does_not_know(made):
 
 def test_gold_explanations_lead_to_the_key_and_careless_ones_sometimes_do_not(made):
     for row in read(made / "train/questions.jsonl"):
-        assert re.findall("([a-e])は正しい", row["explanation"]) == row["answer"]
+        assert re.findall("[ァ-ヴ]+([a-e])", row["explanation"]) == row["answer"]
     facts = World(SMALL).medicine.facts
     wrong = total = 0
     for row in read(made / "medical.jsonl"):
@@ -135,3 +136,8 @@ def test_every_directory_says_that_it_is_invented(made):
 def test_inconsistent_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
         DemoConfig(**wrong)
+
+
+def test_a_world_too_small_for_its_questions_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"demo\.diseases=8: too few"):
+        generate(SMALL.model_copy(update={"diseases": 8, "exam_questions": 5000}), tmp_path)
