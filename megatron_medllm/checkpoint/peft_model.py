@@ -5,6 +5,8 @@ stacked and its B is block-diagonal, so it needs the sum of their ranks. Rows of
 random start and their columns of B stay zero, so they can still be trained.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def load_peft(chunks: list[nn.Module], adapter: PeftAdapter, shape: ModelShape, 
         UserError: it adapts a linear that is no target of this run, or needs a higher rank.
     """
     for chunk in map(unwrap, chunks):
-        modules = {id(module.lora_a): module for module in chunk.modules() if isinstance(module, AdaptedLinear)}
+        linears = {id(linear.lora_a): linear for linear in chunk.modules() if isinstance(linear, AdaptedLinear)}
         parameters = dict(global_parameters(chunk))
         layers = {layer.layer_number - 1 for layer in chunk.decoder.layers}
         for weight in linear_weights(shape):
@@ -39,23 +41,21 @@ def load_peft(chunks: list[nn.Module], adapter: PeftAdapter, shape: ModelShape, 
             if not parts or int(weight.mcore.split(".")[2]) not in layers:
                 continue
             module = weight.mcore.removesuffix(".weight")
-            local_a, local_b = (parameters.get(f"{module}.lora_{half}") for half in "ab")
-            if local_a is None or local_b is None:
+            linear = linears.get(id(parameters.get(f"{module}.lora_a")))
+            if linear is None or linear.lora_a is None or linear.lora_b is None:
                 target = module.rpartition(".")[2]
                 raise UserError(f"{adapter.directory} adapts {next(iter(parts))!r}: adapter.targets needs {target}")
-            a, b = _fuse(parts, weight, shape)
-            used, rank = a.shape[0], local_a.shape[0]
-            if used > rank:
-                raise UserError(f"{adapter.directory}: {module} needs adapter.rank >= {used}, not {rank}")
-            along = {"weight": weight, "shape": shape, "tp_rank": tp_rank, "tp_size": tp_size}
+            fused_a, rows = _fuse(parts, weight, shape)
+            rank = linear.lora_a.shape[0]
+            if fused_a.shape[0] > rank:
+                raise UserError(f"{adapter.directory}: {module} needs adapter.rank >= {len(fused_a)}, not {rank}")
+            local_slice = partial(_local_slice, weight=weight, shape=shape, tp_rank=tp_rank, tp_size=tp_size)
             if weight.axis == 0:
-                b = _local_slice(b, local_size=local_b.shape[0], **along)
+                a, b = fused_a, local_slice(rows, local_size=linear.lora_b.shape[0])
             else:
-                a = _local_slice({weight.hf[0]: a}, local_size=local_a.shape[1], **along)
-                b = b[weight.hf[0]]
-            local_a[:used].copy_(a)
-            local_b.zero_()
-            local_b[:, :used].copy_(b.float() * (adapter.scale / modules[id(local_a)].scale))
+                name = weight.hf[0]
+                a, b = local_slice({name: fused_a}, local_size=linear.lora_a.shape[1]), rows[name]
+            linear.start_from(a, b.float() * (adapter.scale / linear.scale))
 
 
 def _fuse(

@@ -140,6 +140,19 @@ class AdaptedLinear(nn.Module):
             return F.dropout(x, self.dropout)
 
     @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set the first r' rows of A and columns of B; the other columns of B become zero.
+
+        Args:
+            a: this rank's slice, [r', k] with r' <= r.
+            b: this rank's slice, [n, r'].
+        """
+        assert self.lora_a is not None and self.lora_b is not None
+        self.lora_a[: a.shape[0]].copy_(a)
+        self.lora_b.zero_()
+        self.lora_b[:, : b.shape[1]].copy_(b)
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """This rank's slice of W + (alpha / r) B A, summed in fp32, [n/tp, k] or [n, k/tp]."""
         base = self.weight.float() if self.frozen is None else self.frozen.dense()  # type: ignore[union-attr]
