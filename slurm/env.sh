@@ -24,6 +24,7 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 # What every srun gets. One failing task must not kill the ones that are still saving: they have two minutes.
 MEDLLM_SRUN=(--kill-on-bad-exit=0 --wait=120)
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || MEDLLM_SRUN+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # not inherited since 22.05
 if [[ -n $MEDLLM_CONTAINER_IMAGE ]]; then
     MEDLLM_SRUN+=("--container-image=$MEDLLM_CONTAINER_IMAGE")
     [[ -z $MEDLLM_CONTAINER_MOUNTS ]] || MEDLLM_SRUN+=("--container-mounts=$MEDLLM_CONTAINER_MOUNTS")

@@ -1,0 +1,70 @@
+"""One rank of the planner's tests: what Megatron-Core really allocates in some layouts, written as JSON lines."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
+from megatron_medllm.parallel import mcore, runtime
+from tests.dist.launch import next_rendezvous
+
+
+def held_bytes(case: dict[str, Any]) -> dict[str, int]:
+    """Bytes of weights, gradients, main weights and moments on this rank, after one optimizer step."""
+    from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+
+    next_rendezvous()
+    layout = LayoutConfig(**case["layout"])
+    ranks = runtime.start(layout, seed=1, timeout_s=120)
+    tp = {"tp_rank": ranks.tp_rank, "tp_size": layout.tp}
+    model = ModelConfig(shape=ModelShape(**case["shape"]), dtype=case["dtype"])
+    chunks = build_model(model, layout, device=ranks.device)
+    initialize_weights(chunks, seed=1, **tp)
+    if case["lora_rank"]:
+        add_adapters([unwrap(c) for c in chunks], AdapterConfig(rank=case["lora_rank"]), seed=2, **tp)
+    config = unwrap(chunks[0]).config
+    chunks = mcore.wrap_ddp(chunks, config, layout)
+    optimizer = mcore.build_optimizer(chunks, config, OptimizerConfig(lr=0.01), layout)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.start_grad_sync()
+        chunk.finish_grad_sync()
+    mcore.clip_and_step(optimizer, clip_grad=0.0)
+    buffers = [b for chunk in chunks for b in chunk.buffers]
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage() for c in chunks for p in c.parameters()}
+    found = {
+        "rank": ranks.rank,
+        "stage": ranks.pp_rank,
+        "dp_rank": ranks.dp_rank,
+        "weights": sum(storage.nbytes() for storage in weights.values()),
+        "gradients": sum(b.grad_data.nbytes for b in buffers),
+        **optimizer_bytes(optimizer, weights),
+    }
+    runtime.stop()
+    return found
+
+
+def optimizer_bytes(optimizer: Any, weights: dict[int, Any]) -> dict[str, int]:
+    """Moments, and the fp32 main weights that are not views of the model's own."""
+    main = moments = 0
+    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in leaf.optimizer.param_groups:
+            for shard in group["params"]:
+                state = leaf.optimizer.state[shard]
+                moments += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+                if shard.untyped_storage().data_ptr() not in weights:
+                    main += shard.nbytes
+    return {"main weights": main, "optimizer moments": moments}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = [held_bytes(case) for case in cases]
+    Path(sys.argv[2], f"{results[0]['rank']}.json").write_text(json.dumps(results))

@@ -1,0 +1,164 @@
+"""Rendering, exit statuses and the recipe's jobs, without a Slurm (tests/slurm has one)."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
+from megatron_medllm.config.run import load
+from megatron_medllm.errors import UserError
+from megatron_medllm.launch import supervisor
+from megatron_medllm.launch.jobs import RunFiles, StageJob
+from megatron_medllm.launch.node import exit_status, node_problem
+from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
+from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, status_report
+from megatron_medllm.launch.submit import check_chain, submission_report, submit
+from megatron_medllm.recipe import recipe_stages
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "submit-cpt-72b.sbatch"
+RECIPE = """
+name: cpt72
+run_dir: /lustre/runs/cpt72
+model: {size: 72b}
+layout: {nodes: 8, gpus_per_node: 8, tp: 8, pp: 4, sp: true}
+cpt:
+  data: [{path: /lustre/corpus}]
+  train_tokens: 10_000_000_000
+  sequence_length: 4096
+  global_batch_size: 256
+  optimizer: {lr: 1.0e-5}
+cluster: {max_time: "24:00:00", cpus_per_process: 12, exclude: [h100-013]}
+"""
+
+
+def test_slurm_times() -> None:
+    assert parse_slurm_time("2-03:04:05") == ((2 * 24 + 3) * 60 + 4) * 60 + 5
+    assert [format_slurm_time(s) for s in (1, 1800, 1801, 90000)] == ["00:01:00", "00:30:00", "00:31:00", "1-01:00:00"]
+    with pytest.raises(ValueError, match="not a time"):
+        parse_slurm_time("90 minutes")
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        ([0, 0], 0),
+        ([85, 0], 85),
+        ([85, -signal.SIGTERM], 85),  # told to end while another rank had already saved
+        ([85, 1], 1),
+        ([-signal.SIGKILL], 137),
+        ([-signal.SIGTERM], 143),  # interrupted before it could save: not a request to run again
+    ],
+)
+def test_a_node_asks_to_run_again_only_if_all_its_ranks_do(codes: list[int], status: int) -> None:
+    assert exit_status(codes) == status
+
+
+def test_the_lead_of_the_signal_grows_with_the_save_and_must_fit_the_time() -> None:
+    assert signal_lead_s(60.0) == 210
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""), save_time_s=60.0, duration_s=3600.0)
+    assert time_limit_s(job, ClusterConfig()) == 1.3 * 3600 + 420
+    assert time_limit_s(job, ClusterConfig(max_time="01:00:00")) == 3600
+    with pytest.raises(UserError, match=r"cluster.max_time=00:05:00 is too short for cpt"):
+        time_limit_s(job, ClusterConfig(max_time="00:05:00"))
+
+
+def test_every_script_renders_and_keeps_its_commands() -> None:
+    for path in SCRIPTS.glob("*.sbatch"):
+        text = render_script(path.stem, ["--nodes=3"])
+        commands = [line for line in path.read_text().splitlines() if not line.startswith("#SBATCH")]
+        assert [line for line in text.splitlines() if line != "#SBATCH --nodes=3"] == commands
+        assert text.startswith("#!") and text.index("--nodes=3") < text.index("set -uo pipefail")
+    with pytest.raises(UserError, match="no such batch script"):
+        render_script("nowhere", [])
+
+
+def test_chains_wait_only_for_what_comes_before() -> None:
+    job = StageJob(name="rpo", script="rpo", command=("-c", ""), after=("cpt",))
+    with pytest.raises(UserError, match="rpo waits for cpt"):
+        check_chain([job])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_dry_run_of_a_72b_recipe_is_the_golden_script(recipe: Path, tmp_path: Path) -> None:
+    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    assert run.cluster is not None
+    jobs = recipe_jobs(run, recipe_stages(run, Path("/lustre/runs/cpt72/launch/config.yaml")), run.cluster)
+    found = submit(run.run_dir, jobs, run.cluster, config_text="{}", dry_run=True)
+    assert list(found.scripts) == ["cpt"] and not found.job_ids
+    assert found.scripts["cpt"] == GOLDEN.read_text()
+    assert "cpt.sbatch" in submission_report(found)
+    assert not run.run_dir.exists()
+    assert jobs[0].total_steps == 9537  # 10e9 tokens in steps of 256 x 4096
+
+
+def test_a_recipe_that_cannot_fit_is_refused_unless_forced(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))]
+    run = load(recipe, [*overrides, "layout.tp=2", "layout.pp=1", "layout.sp=false"])
+    stages = recipe_stages(run, Path("config.yaml"))
+    assert run.cluster is not None
+    with pytest.raises(UserError, match=r"needs .* GiB per GPU, h100-sxm has"):
+        recipe_jobs(run, stages, run.cluster)
+    assert recipe_jobs(run, stages, run.cluster, force=True)[0].nodes == 8
+    with pytest.raises(UserError, match="unknown stage 'ctp'; this recipe has cpt"):
+        recipe_jobs(run, stages, run.cluster, only=["ctp"])
+
+
+def _tiny_description_of_72b(directory: Path) -> Path:
+    """An HF directory that says it is the 72B model."""
+    from megatron_medllm.config.model import SIZES
+    from megatron_medllm.storage import write_json
+
+    shape = SIZES["72b"]
+    write_json(
+        directory / "config.json",
+        {
+            "model_type": "qwen2",
+            "num_hidden_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_query_groups,
+            "intermediate_size": shape.ffn_hidden_size,
+            "vocab_size": shape.vocab_size,
+        },
+    )
+    return directory
+
+
+def test_a_node_without_disk_or_gpus_is_unfit(tmp_path: Path) -> None:
+    spec = {"gpus_per_node": 0, "check_gpus": True, "min_free_disk_gib": 0}
+    assert node_problem(tmp_path, spec) is None
+    assert "needed" in (node_problem(tmp_path, {**spec, "min_free_disk_gib": 1e9}) or "")
+
+
+def test_the_supervisor_runs_on_a_bare_python(tmp_path: Path) -> None:
+    """It imports nothing of the package: the batch script calls it outside any container."""
+    command = [sys.executable, "-I", "-S", supervisor.__file__, "begin", str(tmp_path), "cpt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "FileNotFoundError" in done.stderr and "cpt.json" in done.stderr
+
+
+def test_metrics_are_read_from_their_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_metrics(path) == {}
+    row = '{"step": %d, "step_time_s": 0.5, "tokens_per_s": 10.0}\n'
+    text = "".join(row % n for n in range(5000)) + '{"step": 5000, "save_s": 12.5}\n{"step": 5001, "st'
+    path.write_text(text)
+    assert last_metrics(path)["step"] == 4999
+    assert last_save_time_s(path) == 12.5
+
+
+def test_status_of_a_run_that_was_never_submitted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not submitted"):
+        run_status(tmp_path)
+    assert status_report([]).split() == ["stage", "job", "state", "step", "tokens/s", "ETA", "restarts", "why"]
+    assert RunFiles(tmp_path).script("cpt") == tmp_path / "launch" / "cpt.sbatch"
