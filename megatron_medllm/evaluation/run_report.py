@@ -70,8 +70,8 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "invented": config.get("demo") is not None,
         **_exam_part(run_dir, examined),
         "trainings": {name: training_facts(rows) for name, rows in trainings.items()},
-        "corpora": _manifests(run_dir, "corpus/*/manifest.json"),
-        "pairs": _manifests(run_dir, "pairs*/manifest.json"),
+        "corpora": {path.parent.name: _corpus(path) for path in sorted(run_dir.glob("corpus/*/manifest.json"))},
+        "pairs": {path.parent.name: _pairs(path) for path in sorted(run_dir.glob("pairs*/manifest.json"))},
         "stages": _stages(run_dir),
         "environment": _optional_json(run_dir / "environment.json"),
     }
@@ -135,8 +135,20 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _manifests(run_dir: Path, pattern: str) -> dict[str, Any]:
-    return {path.parent.name: read_json(path) for path in sorted(run_dir.glob(pattern))}
+def _corpus(path: Path) -> dict[str, Any]:
+    """A corpus' counts: its manifest without digests and settings, which may be long."""
+    manifest = read_json(path)
+    kept = ("documents_read", "documents", "tokens", "characters_per_token", "dropped")
+    sources = {name: {key: facts[key] for key in kept} for name, facts in manifest["sources"].items()}
+    return {"tokens": manifest["tokens"], "documents": manifest["documents"], "sources": sources}
+
+
+def _pairs(path: Path) -> dict[str, Any]:
+    """The counts of a set of preference pairs."""
+    manifest = read_json(path)
+    counts = {key: manifest[key] for key in ("pairs", "questions", "by_tier", "samples_by_tier", "drop_reasons")}
+    contamination = manifest["contamination"]
+    return counts | {"checked": contamination["checked"], "contaminated": len(contamination["dropped"])}
 
 
 def _stages(run_dir: Path) -> list[dict[str, Any]]:

@@ -155,15 +155,16 @@ def chance_accuracy(questions: Sequence[Question], *, count_revealed: bool) -> f
     The guesser knows how many choices to name where the prompt tells (`count_revealed`), else it names one to all
     of them, each set alike. A number cannot be guessed.
     """
-    total = 0.0
-    for question in questions:
-        if question.everyone_credited:
-            total += 1.0
-        elif question.kind == "choice":
-            n = len(question.labels)
-            sets = math.comb(n, question.n_answers) if count_revealed else 2**n - 1
-            total += len(question.accepted) / sets
-    return total / len(questions)
+    return math.fsum(_guessed(question, count_revealed=count_revealed) for question in questions) / len(questions)
+
+
+def _guessed(question: Question, *, count_revealed: bool) -> float:
+    if question.everyone_credited:
+        return 1.0
+    if question.kind == "numeric":
+        return 0.0
+    n = len(question.labels)
+    return len(question.accepted) / (math.comb(n, question.n_answers) if count_revealed else 2**n - 1)
 
 
 def is_chance(mode_numbers: dict[str, Any] | None, chance: float | None) -> bool:

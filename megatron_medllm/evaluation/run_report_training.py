@@ -101,7 +101,7 @@ def _preference_charts(
         ),
         Chart(
             f"{label}: pairs ranked right",
-            "Share of the step's pairs whose margin is above 0.",
+            "Share of the step's pairs whose margin is above 0. At the first step all margins are 0 but for rounding.",
             [Line(label, blue, curve(rows, "accuracy"))],
         ),
     ]
