@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_medllm.checkpoint.peft import export_peft
+from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.models.adapters import LINEARS
+from tests.dist.adapter_ranks import SHAPE
 from tests.dist.launch import run_ranks
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -41,6 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
             **{f"{name}_one": job | {"layout": {}} for name, job in bases.items()},
         },
     )
+    from_one = exported(Path(one))
     run(
         directory,
         2,
@@ -48,14 +52,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
             **{name: FILLED | {"layout": layout} for name, layout in LAYOUTS.items()},
             "loaded_pp": LOADED | {"layout": PP, "load": one},
             "loaded_sp": LOADED | {"layout": SP, "load": one, "save": two},
+            "peft_sp": {"adapter": LORA, "steps": [2], "layout": SP, "peft": from_one},
+            "peft_vpp": {"adapter": LORA, "steps": [2], "layout": LAYOUTS["vpp"], "peft": from_one},
             **{f"{name}_sp": job | {"layout": SP} for name, job in bases.items()},
         },
     )
-    run(directory, 1, {"back": {"adapter": LORA, "steps": [4], "layout": {}, "load": two}})
+    last = {"adapter": LORA, "steps": [4], "layout": {}}
+    run(directory, 1, {"back": last | {"load": two}, "peft_back": last | {"peft": exported(Path(two))}})
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(directory.glob("*.pt")):
         found.setdefault(path.name.split(".")[0], []).append(torch.load(path))
     return found
+
+
+def exported(checkpoint: Path) -> str:
+    """The checkpoint's adapters as a PEFT directory."""
+    peft_dir = checkpoint.with_name(f"{checkpoint.name}_peft")
+    export_peft(checkpoint, peft_dir, shape=SHAPE, adapter=AdapterConfig(**LORA), base=None)
+    return str(peft_dir)
 
 
 def quantized_bases() -> list[str]:
@@ -108,13 +122,19 @@ def test_replicas_share_the_batch(results: dict):
 @pytest.mark.parametrize("base", quantized_bases())
 def test_a_quantized_base_is_the_same_model_under_tensor_parallelism(results: dict, base: str):
     one, sp = results[f"{base}_one"][0], results[f"{base}_sp"][0]
-    assert sp["losses"] == pytest.approx(one["losses"], abs=2e-6)
-    assert one["losses"][0] != results["one"][0]["losses"][0], "the base was not quantized"
+    # Sums in another order move an activation by 1e-7, and so now and then to the next FP8 value; NF4 casts weights only.
+    assert sp["losses"] == pytest.approx(one["losses"], abs=5e-4 if base == "fp8" else 2e-6)
+    assert abs(one["losses"][0] - results["one"][0]["losses"][0]) > 1e-3, "the base was not quantized"
 
 
 @pytest.mark.parametrize("loaded", ["loaded_sp", "loaded_pp"])
 def test_another_layout_goes_on_where_one_process_stopped(results: dict, loaded: str):
     assert results[loaded][0]["losses"] == pytest.approx(results["continuous"][0]["losses"][2:4], abs=2e-6)
+
+
+@pytest.mark.parametrize(("loaded", "step"), [("peft_sp", 2), ("peft_vpp", 2), ("peft_back", 4)])
+def test_peft_directories_carry_adapters_between_layouts(results: dict, loaded: str, step: int):
+    assert results[loaded][0]["losses"] == pytest.approx([results["continuous"][0]["losses"][step]], abs=2e-6)
 
 
 def test_and_back(results: dict):
