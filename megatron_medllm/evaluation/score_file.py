@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.markdown import markdown_table, passed_text, rate_text
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.parsing import Parser, parse_answer
 from megatron_medllm.exams.question import Question
@@ -75,3 +76,27 @@ def read_predictions(paths: Sequence[Path], known: dict[str, Question]) -> dict[
                 raise UserError(f"{path}:{number}: problem_id {problem_id!r} was predicted before")
             found[problem_id] = row["prediction"]
     return found
+
+
+def score_markdown(result: dict[str, Any]) -> str:
+    """The result of `score_predictions` as a table: one line a year, and the total."""
+    lines = [
+        [
+            year,
+            f"{row['correct']}/{row['n']}",
+            f"{row['points']}/{row['possible']}",
+            f"{row['required']}/{row['required_possible']}",
+            f"{row['rest']}/{row['rest_possible']}",
+            str(row["prohibited"]),
+            passed_text(row["passed"]),
+        ]
+        for year, row in result["by_year"].items()
+    ]
+    total = ["all", f"{result['correct']}/{result['n']}", f"{result['points']}/{result['possible']}", "", "", "", ""]
+    header = ["year", "correct", "points", "required", "rest", "prohibited", "official"]
+    text = "\n".join(markdown_table(header, [*lines, total]))
+    text += f"\n\naccuracy {rate_text(result['accuracy'])}, points rate {rate_text(result['points_rate'])}, "
+    text += f"{result['malformed']} malformed ({result['parser']} parser)"
+    if result["missing"]:
+        text += f"; {result['missing']} questions have no prediction (first: {', '.join(result['missing_first'])})"
+    return text + "\n"

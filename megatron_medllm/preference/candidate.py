@@ -11,7 +11,11 @@ TIERS: tuple[Tier, ...] = ("gold", "right", "wrong", "malformed")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A response with its tier. `provenance` says who wrote it: the data set, or a model with seed and temperature."""
+    """A response with its tier.
+
+    `provenance` says who wrote it: the data, or a model (by digest and engine) with its seed and temperature; `prompt`
+    is what a model was asked, worked examples included.
+    """
 
     problem_id: str
     mode: Mode
@@ -20,6 +24,7 @@ class Candidate:
     answer: tuple[str, ...] | None
     provenance: dict[str, Any]
     truncated: bool = False
+    prompt: str | list[dict[str, str]] = ""
 
     def to_row(self) -> dict[str, Any]:
         """The row of samples.jsonl."""
@@ -30,5 +35,6 @@ class Candidate:
             "text": self.text,
             "answer": list(self.answer) if self.answer is not None else None,
             "truncated": self.truncated,
+            "prompt": self.prompt,
             **self.provenance,
         }

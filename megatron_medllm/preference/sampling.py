@@ -40,21 +40,37 @@ def sample(
         title=f"samples of {model_dir.name}",
     )
     candidates = [
-        judge(question, mode, request, answers.completions[request.request_id], parser=config.parser)
+        judge(
+            question,
+            mode,
+            request,
+            answers.completions[request.request_id],
+            parser=config.parser,
+            provenance=answers.provenance,
+        )
         for question, mode, request in asked
     ]
     return candidates, {"provenance": answers.provenance, "timing": answers.timing}
 
 
-def judge(question: Question, mode: Mode, request: Request, completion: Completion, *, parser: Parser) -> Candidate:
-    """Place a completion in the hierarchy by its parsed answer."""
+def judge(
+    question: Question,
+    mode: Mode,
+    request: Request,
+    completion: Completion,
+    *,
+    parser: Parser,
+    provenance: dict[str, Any],
+) -> Candidate:
+    """Place a completion in the hierarchy by its parsed answer; `provenance` names the model and engine."""
     parsed = parse_answer(completion.text, question, mode=mode, parser=parser)
     if parsed.malformed:
         tier = "malformed"
     else:
         tier = "right" if score_answer(question, parsed, parser=parser).correct else "wrong"
-    provenance = {
+    written_by = {
         "written_by": "model",
+        **{key: provenance[key] for key in ("model_digest", "endpoint", "served_model", "engine") if key in provenance},
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,
@@ -68,8 +84,9 @@ def judge(question: Question, mode: Mode, request: Request, completion: Completi
         tier,
         completion.text,
         parsed.answer,
-        provenance,
+        written_by,
         truncated=completion.finish_reason == "length",
+        prompt=request.prompt or list(request.messages),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.compare import _published_rows
-from megatron_medllm.evaluation.score_file import score_predictions
+from megatron_medllm.evaluation.score_file import score_markdown, score_predictions
 from megatron_medllm.exams.loading import load_exam
 
 
@@ -38,6 +38,9 @@ def test_missing_predictions_are_told(exam_dir: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"900A1": "b"})
     result = score_predictions("invented", [exam_dir], [path])
     assert (result["n"], result["missing"], result["missing_first"]) == (1, 2, ["900A2", "900B1"])
+    text = score_markdown(result)
+    assert "| 2001 | 1/1 | 1/1 | 0/0 | 1/1 | 0 | - |" in text
+    assert text.endswith("0 malformed (strict parser); 2 questions have no prediction (first: 900A2, 900B1)\n")
 
 
 @pytest.mark.parametrize(

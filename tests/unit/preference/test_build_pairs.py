@@ -72,8 +72,9 @@ def test_provenance(exam_dir: Path, tmp_path: Path) -> None:
     written = next(row["rejected_by"] for row in rows if row["tier"] == "gold>wrong" and row["mode"] == "explained")
     assert (written["written_by"], written["temperature"]) == ("model", 0.7) and written["seed"] > 0
     assert rows[0]["chosen_by"] == {"written_by": "data"}
-    assert manifest["provenance"]["served_model"] == "scripted"
+    assert manifest["provenance"]["served_model"] == written["served_model"] == "scripted"
     samples = list(read_jsonl(tmp_path / "samples.jsonl"))
+    assert all(s["prompt"].startswith("問題: ソラ病") for s in samples)
     assert Counter(s["tier"] for s in samples) == {"right": 1, "wrong": 2, "malformed": 1}
     assert read_json(tmp_path / "manifest.json") == manifest
     report = (tmp_path / "report.md").read_text()
@@ -103,8 +104,8 @@ def test_drops_are_written_down(exam_dir: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_again(exam_dir: Path, tmp_path: Path) -> None:
-    one, _ = build(exam_dir, tmp_path / "one")
-    two, _ = build(exam_dir, tmp_path / "two")
+    with ScriptedEndpoint(script) as server:
+        one, two = (build_pairs(config(exam_dir, server.url), Path("m"), tmp_path / name) for name in ("one", "two"))
     assert one["digest"] == two["digest"]
 
 
