@@ -1,26 +1,14 @@
 """Hugging Face (HF) safetensors straight into a running Megatron layout: every rank reads its own slices only."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from megatron_medllm.checkpoint.hf_source import HFWeights
-from megatron_medllm.checkpoint.names import Weight, weight_of_parameter
+from megatron_medllm.checkpoint.names import weight_of_parameter
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.models.qwen25 import global_parameters, unwrap
-
-
-def chunk_weights(chunk: nn.Module, shape: ModelShape) -> Iterator[tuple[nn.Parameter, Weight]]:
-    """The parameters of one model chunk that HF models have, each with its row of the name table.
-
-    Parameters the table does not know (adapters) are left out.
-    """
-    for name, parameter in global_parameters(unwrap(chunk)):
-        weight = weight_of_parameter(name, shape)
-        if weight is not None:
-            yield parameter, weight
 
 
 @torch.no_grad()
@@ -44,6 +32,9 @@ def load_hf_weights(
     """
     weights = HFWeights(hf_dir, shape)
     for chunk in model_chunks:
-        for parameter, weight in chunk_weights(chunk, shape):
+        for name, parameter in global_parameters(unwrap(chunk)):
+            weight = weight_of_parameter(name, shape)
+            if weight is None:
+                raise ValueError(f"{name} is no part of an HF model; load the weights before adding adapters")
             local_size = parameter.shape[weight.axis or 0]
             parameter.copy_(weights.read_local(weight, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size))

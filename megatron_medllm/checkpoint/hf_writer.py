@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_medllm.checkpoint.hf_reader import chunk_weights
 from megatron_medllm.checkpoint.hf_target import DEFAULT_SHARD_BYTES, HFTarget, partial_dir, refuse_existing
-from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shape, local_pieces
+from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Weight, hf_shape, local_pieces, weight_of_parameter
 from megatron_medllm.checkpoint.safetensors_file import byte_view
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
+from megatron_medllm.models.adapters import merged_parameters
+from megatron_medllm.models.qwen25 import unwrap
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import full_disk_error
 
@@ -40,7 +41,8 @@ def export_hf(
 ) -> None:
     """Write the running model as an HF directory; every process of the run must call this.
 
-    Vocabulary and FFN padding are stripped, and a tied head is written once, as the embedding.
+    Vocabulary and FFN padding are stripped, adapters are merged into their base, and a tied head is written once, as
+    the embedding.
 
     Args:
         model_chunks: this rank's chunks, wrapped or not.
@@ -116,20 +118,23 @@ def _write_part(
     failure = None
     number = 0
     for chunk in model_chunks:
-        for parameter, weight in chunk_weights(chunk, shape):
+        for name, tensor in merged_parameters(unwrap(chunk)):
+            weight = weight_of_parameter(name, shape)
+            if weight is None:
+                raise ValueError(f"{name} is no part of an HF model")
             if weight.mcore == OUTPUT.mcore and weight.hf == EMBEDDING.hf:
                 continue  # the tied copy on the last stage
             number += 1
             if number % runtime.dp_size != runtime.dp_rank:
                 continue  # another copy of the model writes this one
             owner = (number // runtime.dp_size) % runtime.layout.tp
-            slices = _gather_slices(parameter.to(target.dtype), weight, owner=owner, runtime=runtime)
+            slices = _gather_slices(tensor.to(target.dtype), weight, owner=owner, runtime=runtime)
             if slices is None or failure is not None:
                 continue
             try:
-                for name, tensor in assemble(slices, weight, shape).items():
-                    target.write(name, tensor)
-                    digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
+                for hf_name, whole in assemble(slices, weight, shape).items():
+                    target.write(hf_name, whole)
+                    digests[hf_name] = hashlib.sha256(byte_view(whole)).hexdigest()
             except UserError as error:
                 failure = str(error)
     return digests, failure

@@ -1,0 +1,39 @@
+"""Weights survive every layout: HF -> layout -> HF, layout -> checkpoint -> HF, checkpoint -> layout -> HF, bitwise.
+
+One launch of four processes walks all layouts with a tied and an untied model. Tensor-parallel layouts without a
+pipeline are also held against transformers' logits, since a wrong cut could undo itself on the way back.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_medllm.checkpoint.convert import import_hf
+from megatron_medllm.config.model import ModelShape
+from tests.dist.conversion_ranks import CASES
+from tests.dist.launch import run_ranks
+from tests.unit.checkpoint.twins import write_twin
+
+SHAPE = ModelShape(
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=8,
+    num_query_groups=2,
+    ffn_hidden_size=48,
+    vocab_size=307,  # padded to 384, 512 and more
+    tie_embeddings=False,
+)
+
+
+@pytest.mark.timeout(500)
+def test_every_layout_reads_and_writes_the_same_weights(tmp_path: Path):
+    for name, tied in (("untied", False), ("tied", True)):
+        shape = SHAPE.model_copy(update={"tie_embeddings": tied, "num_layers": 8})
+        hf_dir = write_twin(tmp_path / name, shape, dtype=torch.float32)
+        import_hf(hf_dir, tmp_path / f"{name}_ckpt", chunk_bytes=3000)
+        with torch.no_grad():
+            reference = AutoModelForCausalLM.from_pretrained(hf_dir)(torch.arange(40)[None]).logits[0]
+        torch.save(reference.float(), tmp_path / f"{name}.logits.pt")
+    run_ranks(4, "tests.dist.conversion_ranks", str(tmp_path), timeout_s=450, runtimes=len(CASES))
