@@ -17,7 +17,7 @@ from megatron_medllm.launch.submit import submit
 from megatron_medllm.recipe import recipe_stages
 from megatron_medllm.storage import read_jsonl
 
-STEPS = 60
+STEPS = 40
 RECIPE = {
     "model": {
         "shape": {
