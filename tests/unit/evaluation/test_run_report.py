@@ -1,5 +1,6 @@
 """Run directories written by hand, so that every number, verdict and omission of the report is known beforehand."""
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.run import run_exam
 from megatron_medllm.evaluation.run_report import build_report, seconds_text, table
 from megatron_medllm.evaluation.run_report_numbers import chance_accuracy
+from megatron_medllm.evaluation.run_report_plots import (
+    Accuracy,
+    Line,
+    accuracy_chart,
+    line_chart,
+    smoothed,
+    smoothing_window,
+    thinned,
+)
+from megatron_medllm.evaluation.run_report_training import training_charts
 from megatron_medllm.evaluation.run_report_words import model_label
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.storage import read_json, write_json, write_jsonl
@@ -348,3 +359,44 @@ def test_broken_file_is_named(published_pattern: Path) -> None:
 
 def test_durations_in_words() -> None:
     assert [seconds_text(s) for s in (4.25, 65, 3599.6, 7620)] == ["4.2 s", "1 min 05 s", "1 h 00 min", "2 h 07 min"]
+
+
+def test_reward_margin_is_chosen_minus_rejected() -> None:
+    rows = [{"step": step, **preference_row(step)} for step in range(3)]
+    del rows[1]["rejected_reward"]
+    margin = next(chart for chart in training_charts({"rpo": rows}) if chart.title == "RPO: reward margin")
+    assert [(x, pytest.approx(y)) for x, y in margin.lines[0].points] == [(0, 0.0), (2, 0.6)]
+    assert 'class="zero"' in margin.svg
+
+
+def test_curves_stand_on_their_scales() -> None:
+    """The plot spans x 54..508 and y 212 (bottom) to 10 (top); the scale reaches 4 % beyond the values."""
+    chart = line_chart(
+        [Line("a", "#000", [(0, 0.0), (10, 100.0)]), Line("b", "#111", [(5, 50.0)], dots=True)], label="<"
+    )
+    drawn = ElementTree.fromstring(chart)
+    assert drawn.find("polyline").get("points") == "54.0,204.5 508.0,17.5"
+    assert (drawn.find("circle").get("cx"), drawn.find("circle").get("cy")) == ("281.0", "111.0")
+    texts = [text.text for text in drawn.findall("text")]
+    assert texts == ["0", "25", "50", "75", "100", "0", "2", "4", "6", "8", "10", "step"]
+
+
+def test_constant_curve_is_drawn() -> None:
+    assert "polyline" in line_chart([Line("a", "#000", [(1, 0.5)])], label="one step")
+
+
+def test_long_curves_are_smoothed_and_thinned_without_moving() -> None:
+    assert smoothing_window(24) == 1
+    assert smoothing_window(250) == 11
+    assert smoothed([(0, 0.0), (1, 3.0), (2, 0.0), (3, 6.0)], 3) == [(0, 0.0), (1, 1.0), (2, 3.0), (3, 6.0)]
+    thin = thinned([(i, float(i)) for i in range(1000)])
+    assert (len(thin), thin[0], thin[-1]) == (250, (1.5, 1.5), (997.5, 997.5))
+
+
+def test_accuracy_chart_places_values_and_chance() -> None:
+    """Accuracy 0..1 spans x 250..876."""
+    rows = [Accuracy("CPT & RPO", (0.5, 0.25, 1.0), None)]
+    drawn = ElementTree.fromstring(accuracy_chart(rows, chance=0.2))
+    assert [dot.get("cx") for dot in drawn.findall("circle")] == ["563.0"]
+    assert [line.get("x1") for line in drawn.findall("line") if line.get("class") == "chance"] == ["375.2"]
+    assert "CPT & RPO" in [text.text for text in drawn.findall("text")]
