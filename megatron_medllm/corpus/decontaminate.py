@@ -60,7 +60,7 @@ class Detector:
         in_run = np.zeros(len(positions), bool)
         in_run[: len(positions) - run] = positions[run:] - positions[: len(positions) - run] == run
         found = {}
-        for document in np.union1d(documents[in_run], list(covered)):
+        for document in np.union1d(documents[in_run], np.array(list(covered), np.int64)):
             low, high = np.searchsorted(documents, [document, document + 1])
             meetings = dict(covered.get(int(document), {}))
             self._add_long_matches(folded, positions[low:high][in_run[low:high]], meetings)
@@ -81,16 +81,21 @@ class Detector:
         true = self.index.grams[grams] == candidates if len(self.index.grams) else np.zeros(len(candidates), bool)
         return positions[true], grams[true]
 
+    def _probes_of(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The probes of each gram end to end (int64), and how many each has."""
+        begins = self.index.bounds[grams]
+        sizes = self.index.bounds[grams + 1] - begins
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.index.probes[np.repeat(begins, sizes) + within].astype(np.int64), sizes
+
     def _covered(self, documents: np.ndarray, grams: np.ndarray) -> dict[int, dict[int, tuple[float, bool]]]:
         """Per document the questions of which enough distinct grams are there, with their coverage."""
         index = self.index
         probes_total = len(index.probe_question)
         pairs = np.unique(documents * len(index.grams) + grams)
         documents, grams = pairs // len(index.grams), pairs % len(index.grams)
-        sizes = index.bounds[grams + 1] - index.bounds[grams]
-        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        probes = index.probes[np.repeat(index.bounds[grams], sizes) + within].astype(np.int64)
-        counts = np.repeat(index.counts[grams], sizes) | index.probe_strict[probes]
+        probes, sizes = self._probes_of(grams)
+        counts = np.repeat(index.counts[grams], sizes) | index.probe_recycled[probes]
         keys = (np.repeat(documents, sizes) * probes_total + probes)[counts]
         keys, hits = np.unique(keys, return_counts=True)
         enough = hits >= index.probe_needs[keys % probes_total]
@@ -107,24 +112,19 @@ class Detector:
     ) -> None:
         if not len(begins) or not len(self.index.long_grams):
             return
-        n = self.config.match_chars
-        windows = np.concatenate([hash_grams(folded[p : p + n], n) for p in begins])
+        n, first = self.config.match_chars, int(begins[0])
+        windows = hash_grams(folded[first : int(begins[-1]) + n], n)[begins - first]
         at = np.minimum(np.searchsorted(self.index.long_grams, windows), len(self.index.long_grams) - 1)
         for question in np.unique(self.index.long_question[at[self.index.long_grams[at] == windows]]):
             meetings[int(question)] = (meetings.get(int(question), (0.0, False))[0], True)
 
     def _spans(self, positions: np.ndarray, grams: np.ndarray, meetings: dict) -> list[tuple[int, int]]:
         """Stretches of the folded text that belong to the questions met; small gaps, such as edits, are bridged."""
-        index = self.index
-        own = np.array(
-            [
-                any(
-                    int(index.probe_question[p]) in meetings
-                    for p in index.probes[index.bounds[g] : index.bounds[g + 1]]
-                )
-                for g in grams
-            ]
-        )
+        is_met = np.zeros(len(self.index.ids), bool)
+        is_met[list(meetings)] = True
+        probes, sizes = self._probes_of(grams)
+        rows = np.repeat(np.arange(len(grams)), sizes)
+        own = np.bincount(rows, weights=is_met[self.index.probe_question[probes]], minlength=len(grams)) > 0
         spans: list[tuple[int, int]] = []
         for position in positions[own]:
             if spans and position - spans[-1][1] <= self.config.match_chars:

@@ -68,6 +68,8 @@ def merge_source(prefix: Path, parts: list[tuple[int, Part]], copies: Copies | N
     kept_lengths = [np.empty(0, np.int32)]
     with atomic_write(bin_path(prefix)) as target:
         for number, part in parts:
+            if not part.facts["documents"]:
+                continue
             lengths, kept = part.column("lengths"), kept_mask(part, number, copies)
             copy_kept(target, part.stem.with_suffix(".bin"), lengths, kept, dtype.itemsize)
             kept_lengths.append(lengths[kept])

@@ -19,7 +19,8 @@ from megatron_medllm.storage import read_jsonl
 
 GRAM = 13
 _FIELDS = (("problem_text", "choices"), ("question", "options"), ("question", "choices"), ("text", "choices"))
-_FEW_GRAMS = 10  # a probe with fewer telling grams is judged by all of its grams
+_FEW_GRAMS = 10
+_SHORT_GRAMS = 60
 _LEAST_GRAMS = 8
 
 
@@ -86,7 +87,7 @@ class QuestionIndex:
     """Sorted gram hashes, and which probes hold each. A probe is one printing of one question.
 
     `grams` uint64 [g] sorted; gram i is in `probes[bounds[i]:bounds[i + 1]]` (int32); `counts` (bool [g]) is False
-    for boilerplate. `probe_question` and `probe_needs` (grams that make a meeting) and `probe_size` are per probe.
+    for boilerplate. Per probe: its question, its number of grams, how many make a meeting, whether boilerplate counts.
     `long_grams` uint64 sorted are the `match_chars`-grams, less boilerplate, `long_question` one question of each.
     """
 
@@ -98,7 +99,7 @@ class QuestionIndex:
     probe_question: np.ndarray
     probe_size: np.ndarray
     probe_needs: np.ndarray
-    probe_strict: np.ndarray
+    probe_recycled: np.ndarray
     long_grams: np.ndarray
     long_question: np.ndarray
 
@@ -124,11 +125,13 @@ def index_questions(questions: list[Question], config: DecontaminateConfig) -> Q
     number = np.cumsum(_changes(grams)) - 1
     telling = np.bincount(probes[counts[number]], minlength=len(printings))
     whole = np.bincount(probes, minlength=len(printings))
-    strict = telling < _FEW_GRAMS  # nearly all boilerplate: then all its grams count, and nearly all must be there
-    size = np.where(strict, whole, telling)
+    # Most of it recurs: a question asked again, whose grams all count, but more of them must be there.
+    recycled = telling < np.maximum(_FEW_GRAMS, whole / 2)
+    size = np.where(recycled, whole, telling)
+    share = np.where(whole < _SHORT_GRAMS, 0.9, np.maximum(0.6, config.coverage))
     # One edited character spoils GRAM grams, which may be more than half of a short question's.
     one_edit = np.maximum(np.minimum(np.ceil(config.coverage * size), size - GRAM), np.minimum(size, _LEAST_GRAMS))
-    needs = np.where(strict, np.ceil(0.9 * size), one_edit)
+    needs = np.where(recycled, np.ceil(share * size), one_edit)
 
     long_grams, long_probes, in_editions = _distinct(
         *_cut(folded, starts, lengths, usable, config.match_chars), probe_edition
@@ -143,7 +146,7 @@ def index_questions(questions: list[Question], config: DecontaminateConfig) -> Q
         probe_question=probe_question,
         probe_size=np.maximum(size, 1),
         probe_needs=np.maximum(needs, 1),
-        probe_strict=strict,
+        probe_recycled=recycled,
         long_grams=long_grams[first],
         long_question=probe_question[long_probes[first]],
     )

@@ -19,6 +19,7 @@ from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.errors import UserError
 
 BATCH_BYTES = 4 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
 
@@ -190,6 +191,8 @@ def read_piece(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
             batch = Documents(input_bytes=sum(map(len, lines)) + len(lines), lines_read=len(lines))
             for line in lines:
                 line_number += 1
+                if line_number == 1 and piece.start == 0:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line and not line.isspace():
                     parse(batch, line, line_number, source)
             if error:
@@ -255,8 +258,6 @@ def _read_blocks(piece: Piece) -> Iterator[tuple[bytes, str]]:
         if position:
             stream.seek(position - 1)
             position += len(stream.readline()) - 1
-        elif stream.read(3) == b"\xef\xbb\xbf":
-            position = 3
         stream.seek(position)
         while position < piece.stop:
             block = stream.read(min(BATCH_BYTES, piece.stop - position))
