@@ -50,9 +50,13 @@ def parse_answer(output: str, question: Question, *, mode: Mode, parser: Parser 
         return _parse_strict(output, question, mode)
     text = output.translate(_ONE_WIDTH).lower()
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
-    segments = [text] if mode == "answer_only" else []
-    for marker in (_COLON_MARKER, _WORD_MARKER):
-        segments += [text[found.end() :] for found in reversed(list(marker.finditer(text)))]
+    told, hinted = (
+        [text[found.end() :] for found in reversed(list(marker.finditer(text)))]
+        for marker in (_COLON_MARKER, _WORD_MARKER)
+    )
+    start = [text] if mode == "answer_only" else []
+    # A calculation starts with other numbers than its result.
+    segments = [*told, *start, *hinted] if question.kind == "numeric" else [*start, *told, *hinted]
     if not segments:
         return ParsedAnswer(None, "no answer line")
     reason = ""

@@ -110,6 +110,10 @@ def test_numbers(output: str, number: str) -> None:
     assert parse_answer(f"計算3×4。\n答え: {output}", NUMBER, mode="explained").answer == (number,)
 
 
+def test_a_calculation_before_the_number() -> None:
+    assert parse_answer("3.5×10+1.5を計算する。\n答え: 36.5", NUMBER, mode="answer_only").answer == ("36.5",)
+
+
 def test_a_number_is_missing() -> None:
     assert parse_answer("不明", NUMBER, mode="answer_only").reason == "no number"
 
