@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -132,12 +132,16 @@ class AdaptedLinear(nn.Module):
         return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)
 
     def _dropped(self, x: Tensor) -> Tensor:
+        """x with dropout: the ranks draw one mask for the whole input and take their slices, as one process would."""
         if not self.dropout or not self.training:
             return x
-        if self.split == "column" and not self.sequence_parallel:
-            return F.dropout(x, self.dropout)  # the ranks hold the same x and must drop the same
-        with get_cuda_rng_tracker().fork():
-            return F.dropout(x, self.dropout)
+        axis = -1 if self.split == "row" else 0
+        ranks = self.tp_group.size() if self.split == "row" or self.sequence_parallel else 1
+        shape = list(x.shape)
+        shape[axis] *= ranks
+        keep = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+        mine = keep.chunk(ranks, axis)[self.tp_group.rank() if ranks > 1 else 0]
+        return x * mine / (1 - self.dropout)
 
     @torch.no_grad()
     def start_from(self, a: Tensor, b: Tensor) -> None:

@@ -21,6 +21,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -129,11 +130,18 @@ def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, 
 
 
 def _chunk_state(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    state = chunk.sharded_state_dict(metadata=metadata)
+    state = _bare(chunk).sharded_state_dict(metadata=metadata)
     if not _is_partly_frozen(chunk):
         return state
     trained = {id(parameter) for parameter in chunk.parameters() if parameter.requires_grad}
     return {name: entry for name, entry in state.items() if id(entry.data) in trained}
+
+
+def _bare(chunk: nn.Module) -> nn.Module:
+    """The model without its wrappers, which would put `module.` before every name in a checkpoint."""
+    while isinstance(chunk, DistributedDataParallel | Float16Module):
+        chunk = chunk.module
+    return chunk
 
 
 def _is_partly_frozen(chunk: nn.Module) -> bool:
@@ -159,7 +167,7 @@ def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded
     for index, chunk in enumerate(chunks):
         # A frozen base is not in the checkpoint; that all else is there was checked when it was read.
         strict = not _is_partly_frozen(chunk)
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=strict)
+        _bare(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=strict)
     if optimizer is not None:
         with torch.no_grad():  # upstream copies into fp32 parameters that require gradients
             optimizer.load_state_dict(loaded["optimizer"])

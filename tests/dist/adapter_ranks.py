@@ -89,6 +89,7 @@ def train(job: dict[str, Any]) -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        torch.manual_seed(step)  # as the training loop does; layouts draw differently while they are built
         parts = mcore.run_micro_batches(
             partial(forward, ranks.device), chunks, micro_batches(step, ranks), stream_length=STREAM
         )

@@ -169,14 +169,11 @@ def test_fp8_base_is_held_once_in_fp8():
 
 @pytest.mark.parametrize("base", ["bf16", "fp8"])
 def test_recompute_gives_the_same_gradients(base: str):
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
     gradients = []
     for recompute in ("none", "full"):
         model = build(recompute=recompute, rank=4, base=base, dropout=0.2)
         fill_b(model)
         model.train()
-        model_parallel_cuda_manual_seed(5)  # a random state of its own, for what differs between ranks
         torch.manual_seed(5)
         logits(model).square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -192,6 +189,10 @@ def test_dropout_is_for_training_alone():
     assert torch.equal(evaluated, logits(model))
     model.train()
     assert not torch.equal(evaluated, logits(model))
+    layer = model.decoder.layers[0].self_attention.linear_qkv
+    dropped = layer._dropped(torch.ones(1000, 1, 128))
+    assert dropped.unique().tolist() == [0.0, 2.0]
+    assert 0.99 < dropped.mean() < 1.01
 
 
 def test_transformer_engine_layers_are_refused():
