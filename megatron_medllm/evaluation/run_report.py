@@ -29,6 +29,7 @@ from megatron_medllm.evaluation.run_report_training import read_trainings, train
 from megatron_medllm.evaluation.run_report_words import (
     CONTROLS,
     change_sentence,
+    credit_sentence,
     gap_effect,
     gap_sentence,
     judge_effect,
@@ -53,8 +54,8 @@ def build_report(run_dir: Path) -> dict[str, Any]:
 
     Returns:
         The contents of summary.json: `models` (a `score_model` each, with `label`, `effect` and `splits`), `effect`
-        (see `judge_effect`), `differences` between models, `chance`, `trainings`, `corpora`, `pairs`, `stages`,
-        `environment`.
+        (see `judge_effect`), `credit` (see `credit_sentence`), `differences` between models, `chance`, `at_chance`,
+        `trainings`, `corpora`, `pairs`, `stages`, `environment`.
 
     Raises:
         UserError: `run_dir` holds nothing of a run, or one of its files is broken (named).
@@ -89,7 +90,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     notes = [note["text"] for note in _notes(summary)]
     found = Table(
         title=f"{summary['name']}: accuracy on {summary['questions']} questions, with 95 % intervals",
-        caption="\n".join([effect["headline"], *claims, *notes]),
+        caption="\n".join([effect["headline"], *claims, *([summary["credit"]] if summary["credit"] else []), *notes]),
         caption_justify="left",
         title_justify="left",
     )
@@ -175,6 +176,7 @@ def _exam_part(run_dir: Path, examined: Mapping[str, Examined]) -> dict[str, Any
     change = compare_models(examined[before], examined[after]) if before and after else None
     chance = _chance(run_dir, first)
     at_chance = all_at_chance(models.values(), chance)
+    differences = [compare_models(examined[one], examined[two]) for one, two in _contests(list(examined))]
     return {
         "exam": first.summary["exam"] if first else None,
         "questions": first.summary["questions"] if first else 0,
@@ -182,7 +184,8 @@ def _exam_part(run_dir: Path, examined: Mapping[str, Examined]) -> dict[str, Any
         "at_chance": at_chance,
         "models": models,
         "effect": judge_effect(models, before=before, after=after, change=change, at_chance=at_chance),
-        "differences": [compare_models(examined[one], examined[two]) for one, two in _contests(list(examined))],
+        "credit": None if at_chance else credit_sentence(differences),
+        "differences": differences,
     }
 
 

@@ -1,13 +1,14 @@
 """Curves of a training run as SVG text: drawn by the reader's browser, in the page's own fonts and colours."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 38
 _MOST_POINTS = 300
+Place = Callable[[float, float], tuple[float, float]]  # step and value to pixels
 PALETTE = {"blue": "#2563eb", "orange": "#d9541e", "green": "#2f855a", "grey": "#8a94a6"}
 
 
@@ -68,7 +69,7 @@ def line_chart(lines: Sequence[Line], *, label: str) -> str:
     return "".join(parts) + "</svg>"
 
 
-def _drawn(line: Line, place) -> list[str]:
+def _drawn(line: Line, place: Place) -> list[str]:
     if line.dots:
         spots = [place(x, y) for x, y in line.points]
         return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}" class="dot"/>' for x, y in spots]
@@ -81,7 +82,7 @@ def _drawn(line: Line, place) -> list[str]:
     return parts
 
 
-def _path(points: Sequence[tuple[float, float]], place, style: str) -> str:
+def _path(points: Sequence[tuple[float, float]], place: Place, style: str) -> str:
     route = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
     return f'<polyline points="{route}" fill="none" {style}/>'
 

@@ -1,7 +1,7 @@
 """What a run's numbers mean, in sentences: no more than the intervals carry."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _LABELS = {
@@ -40,7 +40,7 @@ def model_order(name: str) -> tuple[int, int, str]:
     number = preference_round(name)
     if number:
         return 2, number, name
-    return {"base": 0, "cpt": 1, **dict.fromkeys(CONTROLS, 3)}.get(name, 4), 0, name
+    return {"base": 0, "cpt": 1, "rpo-sft": 3, "rpo-dpo": 4}.get(name, 5), 0, name
 
 
 def rate(value: float | None) -> str:
@@ -91,6 +91,16 @@ def change_sentence(label: str, change: Mapping[str, Any], *, against: str) -> s
     if low > 0 or high < 0:
         return f"Explained, {label} is {'better' if low > 0 else 'worse'} than {against}: {figures}."
     return f"Explained, {label} and {against} cannot be told apart: {figures}."
+
+
+def credit_sentence(changes: Iterable[Mapping[str, Any]]) -> str | None:
+    """Whether what preference training gained may be credited to its preference term; None without the control."""
+    for change in changes:
+        if change["first"] == "rpo-sft" and change["explained"] is not None:
+            if change["explained"]["ci95"][0] > 0:
+                return "It explains better than SFT on the same chosen answers: the preference term earns credit."
+            return "SFT on the same chosen answers cannot be told to be worse: nothing credits the preference term."
+    return None
 
 
 def judge_effect(

@@ -240,12 +240,16 @@ def test_last_round_is_compared_with_the_start_and_the_controls(published_patter
         "CPT",
         "CPT + RPO",
         "CPT + RPO, round 2",
-        "DPO only (control)",
         "SFT only (control)",
+        "DPO only (control)",
     ]
     contests = [(row["first"], row["second"]) for row in summary["differences"]]
     assert contests == [("base", "cpt"), ("cpt", "rpo-2"), ("rpo-sft", "rpo-2"), ("rpo-dpo", "rpo-2")]
     assert "Explained, CPT + RPO, round 2 and SFT only (control) cannot be told apart" in page_of(published_pattern)
+    assert summary["credit"].startswith("SFT on the same chosen answers cannot be told to be worse")
+    assert summary["credit"] in page_of(published_pattern)
+    write_eval(published_pattern, "rpo-sft", answer_only=first_right(80, of=100), explained=first_right(50, of=100))
+    assert build_report(published_pattern)["credit"].endswith("the preference term earns credit.")
     assert model_label("rpo", ["base", "rpo"]) == "RPO"
 
 
