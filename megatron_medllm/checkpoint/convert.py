@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_medllm.checkpoint.adapter_merge import AdapterMerge
+from megatron_medllm.checkpoint.description import describe_checkpoint, stored_adapter
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.hf_target import (
     DEFAULT_SHARD_BYTES,
     DIGESTS_NAME,
     HFTarget,
-    copy_carried_files,
     hf_config,
     partial_dir,
     refuse_existing,
@@ -43,7 +44,7 @@ from megatron_medllm.checkpoint.safetensors_file import DTYPES
 from megatron_medllm.checkpoint.torch_dist import (
     CARRIED_DIR,
     FILE_DIGESTS_NAME,
-    MODEL_NAME,
+    ITEM_DIGESTS_NAME,
     Item,
     TorchDistReader,
     object_keys,
@@ -106,11 +107,9 @@ def import_hf(
         _run_parts(parts, journal, workers=workers, title=f"import {hf_dir.name}")
         items = [_item(row) for name in parts for row in journal.done[name]]
         write_index(partial, plan.tensor_shapes(), dtype, items)
-        (partial / CARRIED_DIR).mkdir(exist_ok=True)
-        copy_carried_files(hf_dir, partial / CARRIED_DIR)
-        write_json(partial / CARRIED_DIR / "config.json", hf_config(shape, dtype, hf_dir))
+        describe_checkpoint(partial, shape, dtype=dtype, source_dir=hf_dir)
         digests = [[item.file, item.start, item.sha256] for item in items]
-        write_json(partial / MODEL_NAME, {"shape": shape.model_dump(), "algorithm": "sha256", "items": digests})
+        write_json(partial / ITEM_DIGESTS_NAME, {"algorithm": "sha256", "items": digests})
         journal.finish(ckpt_dir)
 
 
@@ -245,19 +244,21 @@ def export_checkpoint(
     hf_dir: Path,
     *,
     source_dir: Path | None = None,
+    base_dir: Path | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 2,
 ) -> None:
     """Convert a distributed checkpoint, imported or written by training in any layout, to an HF directory.
 
-    Vocabulary and FFN padding are stripped. Run again after a kill, it goes on.
+    Vocabulary and FFN padding are stripped, an adapter is merged into its base. Run again after a kill, it goes on.
 
     Args:
         ckpt_dir: the checkpoint; its stored digests are checked as it is read.
         hf_dir: takes its name only when whole; must not exist.
         source_dir: HF directory with the model's config.json and tokenizer; default: what the checkpoint carries.
-        dtype: default: the checkpoint's.
+        base_dir: HF directory that an adapter was trained on; needed for a checkpoint that holds an adapter.
+        dtype: default: the checkpoint's, or its base's.
         shard_bytes: a new safetensors file starts where one would grow beyond this.
         workers: threads.
 
@@ -268,11 +269,20 @@ def export_checkpoint(
     source_dir = source_dir or _carried_dir(ckpt_dir)
     shape = shape_from_hf_config(source_dir)
     reader = TorchDistReader(ckpt_dir)
-    for weight in model_weights(shape):
-        _stored_pieces(reader, weight, shape)
+    adapter = stored_adapter(ckpt_dir)
+    first = next(model_weights(shape))
+    if adapter is None:
+        for weight in model_weights(shape):
+            _stored_pieces(reader, weight, shape)
+        write: Callable[[Weight, HFTarget], None] = functools.partial(_export_weight, reader, shape)
+        dtype = dtype or reader.dtype_of(reader.find(first)[0])
+    else:
+        if base_dir is None:
+            raise UserError(f"{ckpt_dir}: holds an adapter; name the HF directory of the base it was trained on")
+        base = HFWeights(base_dir, shape)
+        write = AdapterMerge(reader, base, shape, adapter).write
+        dtype = dtype or DTYPES[base.place[first.hf[0]][1].dtype]
     _check_files(ckpt_dir)
-    if dtype is None:
-        dtype = reader.dtype_of(reader.find(next(model_weights(shape)))[0])
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)
     identity = {
@@ -280,13 +290,13 @@ def export_checkpoint(
         "source": _source_identity(ckpt_dir, {p for p in ckpt_dir.iterdir() if p.is_file()}),
         "config": hf_config(shape, dtype, source_dir),
         "shard_bytes": shard_bytes,
+        "base": str(base_dir),
     }
     with closing(Journal(partial, identity)) as journal:
         if not journal.done:
             target.create_files()
         parts: dict[str, Callable[[], Any]] = {
-            name: functools.partial(_export_part, reader, weights, shape, target)
-            for name, weights in _parts(shape).items()
+            name: functools.partial(_export_part, write, weights, target) for name, weights in _parts(shape).items()
         }
         _run_parts(parts, journal, workers=workers, title=f"export {ckpt_dir.name}")
         digests = {name: digest for part in journal.done.values() for name, digest in part.items()}
@@ -311,10 +321,10 @@ def _check_files(ckpt_dir: Path) -> None:
             raise UserError(f"{ckpt_dir / name}: does not match its digest: a damaged file")
 
 
-def _export_part(reader: TorchDistReader, weights: list[Weight], shape: ModelShape, target: HFTarget) -> dict[str, str]:
+def _export_part(write: Callable[[Weight, HFTarget], None], weights: list[Weight], target: HFTarget) -> dict[str, str]:
     """Write the HF tensors of one part; returns their digests."""
     for weight in weights:
-        _export_weight(reader, weight, shape, target)
+        write(weight, target)
     names = [name for weight in weights for name in weight.hf]
     target.flush(names)
     return {name: target.digest(name) for name in names}
@@ -339,7 +349,7 @@ def _stored_pieces(reader: TorchDistReader, weight: Weight, shape: ModelShape) -
         raise UserError(f"{reader.directory}: tensor {key!r} of shape {list(stored)} is another model's") from None
 
 
-def _export_weight(reader: TorchDistReader, weight: Weight, shape: ModelShape, target: HFTarget) -> None:
+def _export_weight(reader: TorchDistReader, shape: ModelShape, weight: Weight, target: HFTarget) -> None:
     pieces = _stored_pieces(reader, weight, shape)
     for first_row, rows in _row_runs(reader, *reader.find(weight)):
         if weight.axis == 1:

@@ -36,7 +36,8 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, read_json, write_json
 
 METADATA_NAME = ".metadata"
-MODEL_NAME = "model.json"
+MODEL_NAME = "model.json"  # what model it is: checkpoint.description
+ITEM_DIGESTS_NAME = "tensor_digests.json"  # imported checkpoints: SHA-256 of every stored item
 FILE_DIGESTS_NAME = "digests.json"  # training checkpoints: file -> SHA-256
 CARRIED_DIR = "hf"  # tokenizer, generation settings and config.json of the model's HF directory
 _FORMAT = {
@@ -176,8 +177,8 @@ class TorchDistReader:
         self._digests = self._item_digests()
 
     def _item_digests(self) -> dict[tuple[str, int], str]:
-        model = self.directory / MODEL_NAME
-        rows = read_json(model).get("items", []) if model.exists() else []
+        path = self.directory / ITEM_DIGESTS_NAME
+        rows = read_json(path)["items"] if path.exists() else []
         return {(file, start): sha256 for file, start, sha256 in rows}
 
     def shape_of(self, key: str) -> tuple[int, ...] | None:

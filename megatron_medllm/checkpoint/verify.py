@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_medllm.checkpoint.description import stored_adapter
 from megatron_medllm.checkpoint.torch_dist import CARRIED_DIR, refuse_unsafe
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape, shape_from_hf_config
@@ -194,6 +195,8 @@ def _megatron(path: Path, dtype: torch.dtype) -> Iterator[LogitsOf]:
     refuse_unsafe(path)
     if not (path / CARRIED_DIR / "config.json").exists():
         raise UserError(f"{path}: carries no config.json; export it with its model's HF directory and verify that")
+    if stored_adapter(path) is not None:
+        raise UserError(f"{path}: holds an adapter only; export it, merged into its base, and verify that")
     shape = shape_from_hf_config(path / CARRIED_DIR)
     layout = LayoutConfig()
     here = runtime.start(layout, seed=0)

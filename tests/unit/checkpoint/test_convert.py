@@ -188,7 +188,7 @@ def test_flipped_byte_in_an_exported_shard_is_named(ckpt: Path, tmp_path: Path):
 
 def test_flipped_byte_in_a_training_checkpoint_is_named(ckpt: Path, tmp_path: Path):
     """Training records one digest a file, under the names that `train.state` uses."""
-    (ckpt / "model.json").unlink()
+    (ckpt / "tensor_digests.json").unlink()
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in ckpt.glob("*.distcp")}
     (ckpt / "digests.json").write_text(json.dumps(digests))
     export_checkpoint(ckpt, tmp_path / "back")
@@ -243,7 +243,7 @@ def test_stored_object_that_would_run_code(ckpt: Path, tmp_path: Path):
     refuse_unsafe(ckpt)
     stream = io.BytesIO()
     torch.save(Attack(tmp_path / "ran"), stream)
-    (ckpt / "model.json").unlink()  # an attacker would leave out the digests
+    (ckpt / "tensor_digests.json").unlink()  # an attacker would leave out the digests
     objects = ckpt / "__0_6.distcp"
     original = objects.read_bytes()
     objects.write_bytes(stream.getvalue() + original[len(stream.getvalue()) :])
