@@ -13,6 +13,9 @@ from megatron_medllm.storage import read_json, read_jsonl
 RULES_DIR = Path(__file__).parent / "rules"
 _YEAR = re.compile(r"(?:19|20)\d\d$")
 _METADATA = "_metadata.jsonl"
+# What lies beside questions in a clone of IgakuQA: metadata, English translations, worked examples, predictions.
+_NOT_QUESTIONS = re.compile(r"(_metadata|_translate)\.jsonl$|^fewshot")
+_NOT_QUESTION_DIRS = {"baseline_results"}
 _SHARED_STEM = re.compile(r"^次の文を読み、(?:(\d+)(?:、|〜|～)(\d+)|以下)の問いに答えよ")
 _NUMBERED_ID = re.compile(r"(\d{3}[A-F])(\d+)$")
 
@@ -71,7 +74,7 @@ def load_rules(name: str) -> dict[str, Any]:
 
 
 def question_files(data: Sequence[Path]) -> list[Path]:
-    """The question files of `data`, sorted inside each directory; metadata and few-shot files are not questions.
+    """The question files of `data`, sorted inside each directory; a whole clone of IgakuQA may be given.
 
     Raises:
         UserError: a path does not exist, or a directory holds no question file.
@@ -83,7 +86,11 @@ def question_files(data: Sequence[Path]) -> list[Path]:
             continue
         if not place.is_dir():
             raise UserError(f"{place}: no such file or directory")
-        inside = sorted(p for p in place.rglob("*.jsonl") if not p.name.endswith(_METADATA) and "fewshot" not in p.name)
+        inside = sorted(
+            path
+            for path in place.rglob("*.jsonl")
+            if not _NOT_QUESTIONS.search(path.name) and _NOT_QUESTION_DIRS.isdisjoint(path.relative_to(place).parts)
+        )
         if not inside:
             raise UserError(f"{place}: holds no question files (*.jsonl)")
         files += inside

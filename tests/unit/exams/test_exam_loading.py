@@ -88,6 +88,22 @@ def test_places_without_questions(tmp_path: Path) -> None:
         load_exam("x", [tmp_path])
 
 
+def test_a_whole_clone_of_the_benchmark(tmp_path: Path) -> None:
+    row = {"problem_id": "112A1", "problem_text": "?", "choices": ["x"], "answer": ["a"]}
+    other = {"problem_id": "112A1", "prediction": "a"}
+    for name, content in {
+        "data/2018/112-A.jsonl": row,
+        "data/2018/112-A_metadata.jsonl": other,
+        "data/2018/112-A_translate.jsonl": other,
+        "scripts/prompts/fewshot_prompt.jsonl": other,
+        "baseline_results/2018/112-A_gpt4.jsonl": other,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    (question,) = load_exam("igakuqa", [tmp_path]).questions
+    assert (question.problem_id, question.year) == ("112A1", "2018")
+
+
 def test_keys_of_the_pharmacists_exam(tmp_path: Path) -> None:
     rows = [
         {"problem_id": "1", "problem_text": "?", "choices": ["x", "y", "z"], "answer": ["2", "3"]},
