@@ -21,3 +21,10 @@ def model_flops_per_token(workload: Workload, *, causal: bool) -> float:
     length = workload.mean_attended_length / (2 if causal else 1)
     attention = 3 * shape.num_layers * attention_flops_per_token(shape, length)
     return (4 if workload.frozen_base else 6) * matmul_parameters(shape) + attention
+
+
+def packed_flops(workload: Workload, *, tokens: int, attended: int) -> float:
+    """FLOPs of training on packed documents that attended to so many (query, key) pairs, masked ones left out."""
+    shape = workload.shape
+    attention = 3 * shape.num_layers * attention_flops_per_token(shape, attended)
+    return (4 if workload.frozen_base else 6) * matmul_parameters(shape) * tokens + attention

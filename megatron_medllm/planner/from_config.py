@@ -2,7 +2,7 @@
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.planner.workload import Mode, Workload
+from megatron_medllm.planner.workload import Mode, Precision, Workload
 
 _MODES: dict[str, Mode] = {"bf16": "lora", "nf4": "qlora", "fp8": "fp8-lora"}
 
@@ -14,7 +14,7 @@ def workload_of(run: RunConfig) -> Workload:
         UserError: the recipe has no such stage, or model, layout and batch do not fit each other.
     """
     config = run.stage_config()
-    precision = "fp32" if run.model.dtype == "float32" else "bf16" if config.fp8 == "none" else "fp8"
+    precision: Precision = "fp32" if run.model.dtype == "float32" else "bf16" if config.fp8 == "none" else "fp8"
     rpo = isinstance(config, RpoConfig)
     batch = config.global_batch_size
     if rpo:

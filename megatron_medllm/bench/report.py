@@ -1,0 +1,59 @@
+"""A measured throughput as Markdown, and two of them side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_medllm.storage import read_json
+
+
+def throughput_report(result: dict[str, Any]) -> str:
+    """One result as a Markdown table with its circumstances."""
+    facts, times = result["environment"], result["step_time_s"]
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in result["parts_s"].items())
+    rows = [
+        ("tokens/s/GPU", f"{result['tokens_per_s_per_gpu']:,.1f}"),
+        ("tokens/s/GPU, padding included", f"{result['padded_tokens_per_s_per_gpu']:,.1f}"),
+        ("tokens/s", f"{result['tokens_per_s']:,.1f}"),
+        *([("pairs/s", f"{result['pairs_per_s']:,.2f}")] if "pairs_per_s" in result else []),
+        ("step", f"{times['median'] * 1e3:,.1f} ms (min {times['min'] * 1e3:,.1f}, max {times['max'] * 1e3:,.1f})"),
+        ("of it (medians)", parts),
+        *((f"TFLOP/s/GPU ({n})", f"{rate / 1e12:,.4g}") for n, rate in result["flops_per_s_per_gpu"].items()),
+        *((f"MFU ({n})", f"{100 * share:.1f} %") for n, share in result.get("mfu", {}).items()),
+        ("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB (rank 0)"),
+        ("window", f"{result['steps']} steps after {result['warmup_steps']} of warm-up"),
+        ("data", "synthetic" if result["synthetic"] else "the recipe's"),
+        ("device", f"{result['world_size']} x {facts['device']} ({facts['device_type']})"),
+        ("code", f"{facts['git_revision'][:12] or 'unknown'}, {facts['git_changed_files']} changed files"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def compare_report(first: Path, second: Path) -> str:
+    """Two results side by side: rates, and every setting in which they differ.
+
+    Raises:
+        UserError: a file is missing or not JSON.
+    """
+    a, b = read_json(first), read_json(second)
+    lines = [f"| | {first} | {second} | change |", "|---|---|---|---|"]
+    for name, better in (("tokens_per_s_per_gpu", "higher"), ("pairs_per_s", "higher"), ("peak_memory_bytes", "lower")):
+        if name in a and name in b:
+            change = 100 * (b[name] / a[name] - 1)
+            lines.append(f"| {name} ({better} is better) | {a[name]:,.1f} | {b[name]:,.1f} | {change:+.1f} % |")
+    before, after = a["step_time_s"]["median"], b["step_time_s"]["median"]
+    change = 100 * (after / before - 1)
+    lines.append(f"| step_time_s (lower is better) | {before:.4f} | {after:.4f} | {change:+.1f} % |")
+    x, y = (_flat({k: v[k] for k in ("config", "environment", "world_size", "synthetic")}) for v in (a, b))
+    for name in sorted(set(x) | set(y)):
+        if x.get(name) != y.get(name):
+            lines.append(f"| {name} | {x.get(name)} | {y.get(name)} | |")
+    return "\n".join(lines)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }

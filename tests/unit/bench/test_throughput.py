@@ -1,0 +1,113 @@
+"""The throughput harness on a tiny model, its reports, comparisons and sweeps."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_medllm.bench import sweep as sweep_module
+from megatron_medllm.bench.report import compare_report, throughput_report
+from megatron_medllm.bench.sweep import grid, sweep, sweep_report
+from megatron_medllm.bench.throughput import BenchSettings, Work, local_work, measure
+from megatron_medllm.config.run import RunConfig, load
+from megatron_medllm.data.microbatch import IGNORED, MicroBatch
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.packed import Segment
+
+RECIPE: dict[str, Any] = {
+    "run_dir": "unused",
+    "model": {
+        "shape": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_query_groups": 1,
+            "ffn_hidden_size": 64,
+            "vocab_size": 128,
+            "tie_embeddings": True,
+        },
+        "dtype": "float32",
+    },
+    "base": {
+        "data": [{"path": "nowhere"}],
+        "train_tokens": 1,
+        "sequence_length": 64,
+        "global_batch_size": 2,
+        "optimizer": {"lr": 0.001},
+    },
+    "stage": "base",
+}
+
+
+def recipe(directory: Path, **changes: object) -> RunConfig:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return load(path, [])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+def test_a_tiny_model_is_measured_on_random_data(tmp_path: Path) -> None:
+    settings = BenchSettings(
+        output=tmp_path / "a", warmup_steps=1, steps=3, synthetic=True, document_length=20, hardware="h100-sxm"
+    )
+    path = measure(recipe(tmp_path), settings)
+    found = json.loads(path.read_text())
+    assert found["steps"] == 3 and len(found["losses"]) == 3
+    assert found["padding_share"] == 0
+    window = 3 * 2 * 64 / found["tokens_per_s"]
+    assert found["step_time_s"]["min"] * 3 <= window * 1.0001 <= found["step_time_s"]["max"] * 3 * 1.001
+    # Documents are shorter than the row: what was attended is less than Megatron's full square.
+    assert 0 < found["mfu"]["packed"] < found["mfu"]["megatron"]
+    assert set(found["parts_s"]) == {"data", "forward_backward", "optimizer"}
+    assert "| tokens/s/GPU |" in throughput_report(found)
+    other = tmp_path / "b.json"
+    changed = {**found, "tokens_per_s_per_gpu": 2 * found["tokens_per_s_per_gpu"], "world_size": 7}
+    other.write_text(json.dumps(changed))
+    text = compare_report(path, other)
+    assert "+100.0 %" in text and "| world_size | 1 | 7 | |" in text
+
+
+def test_rpo_takes_no_made_up_data(tmp_path: Path) -> None:
+    section = {"pairs": "p.jsonl", "sequence_length": 64, "global_batch_size": 2, "optimizer": {"lr": 0.001}}
+    run = recipe(tmp_path, rpo=section, stage="rpo")
+    with pytest.raises(UserError, match="--synthetic is for base and cpt"):
+        measure(run, BenchSettings(output=tmp_path, synthetic=True))
+
+
+def test_work_of_shared_prompts_and_padding() -> None:
+    labels = np.array([IGNORED, IGNORED, 5, 6, 7, IGNORED, IGNORED])
+    segments = (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 5, 0, 2), Segment(5, 7))
+    batch = MicroBatch(np.zeros(7, np.int64), labels, np.arange(7), segments)
+    # Prompt 3 pairs; chosen 2x2 + 3; rejected 1x2 + 1. The last segment teaches nothing: padding.
+    assert local_work(batch, unit="pairs") == Work(tokens=5, padding=2, loss_tokens=3, attended=3 + 7 + 3)
+    assert local_work(batch, unit="rows").padding == 0
+
+
+def test_a_sweep_records_failures_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        calls.append(command)
+        if "layout.tp=2" in command:
+            return subprocess.CompletedProcess(command, 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory")
+        if "layout.tp=4" in command:
+            return subprocess.CompletedProcess(command, 2, "", "error: layout.tp=4 does not divide")
+        output = Path(command[command.index("--output") + 1])
+        output.mkdir(parents=True)
+        values = {"tokens_per_s_per_gpu": 10.0, "peak_memory_bytes": 2**30, "padding_share": 0.0}
+        (output / "throughput.json").write_text(json.dumps(values))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweep_module.subprocess, "run", run)
+    results = sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, options=["--synthetic"])
+    assert [r.get("failed") for r in results] == [None, "out of memory", "error: layout.tp=4 does not divide"]
+    assert sweep_report(results).splitlines()[2] == "| layout.tp=1 | 10.0 | 1.00 |"
+    assert sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, options=[]) == results
+    assert len(calls) == 3
+    assert grid(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
+    with pytest.raises(UserError, match="expected key=value"):
+        grid(["tp"])
