@@ -15,7 +15,7 @@ _YEAR = re.compile(r"(?:19|20)\d\d$")
 _METADATA = "_metadata.jsonl"
 # What lies beside questions in a clone of IgakuQA: metadata, English translations, worked examples, predictions.
 _NOT_QUESTIONS = re.compile(r"(_metadata|_translate)\.jsonl$|^fewshot")
-_NOT_QUESTION_DIRS = {"baseline_results"}
+_NOT_QUESTION_DIRS = {"baseline_results", "scripts"}
 _SHARED_STEM = re.compile(r"^次の文を読み、(?:(\d+)(?:、|〜|～)(\d+)|以下)の問いに答えよ")
 _NUMBERED_ID = re.compile(r"(\d{3}[A-F])(\d+)$")
 

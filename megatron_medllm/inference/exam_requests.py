@@ -10,7 +10,8 @@ from megatron_medllm.exams.prompts import Mode, PromptSet, load_prompt_set, rend
 from megatron_medllm.exams.question import Question
 from megatron_medllm.inference.protocol import Request, request_seed
 
-SHOT_FILE = "fewshot_prompt.jsonl"
+# Looked for beside the questions and one folder up; the second is where a clone of IgakuQA has them.
+SHOT_FILES = ("fewshot_prompt.jsonl", "scripts/prompts/prompt.jsonl")
 
 
 class ExamPrompter:

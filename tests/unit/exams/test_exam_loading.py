@@ -95,7 +95,7 @@ def test_a_whole_clone_of_the_benchmark(tmp_path: Path) -> None:
         "data/2018/112-A.jsonl": row,
         "data/2018/112-A_metadata.jsonl": other,
         "data/2018/112-A_translate.jsonl": other,
-        "scripts/prompts/fewshot_prompt.jsonl": other,
+        "scripts/prompts/prompt.jsonl": other,
         "baseline_results/2018/112-A_gpt4.jsonl": other,
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
