@@ -66,8 +66,9 @@ class ExamPrompter:
 def _find_shot_file(data: Sequence[Path]) -> Path:
     for place in data:
         for directory in (place, *place.parents[:1]):
-            if (directory / SHOT_FILE).is_file():
-                return directory / SHOT_FILE
+            for name in SHOT_FILES:
+                if (directory / name).is_file():
+                    return directory / name
     raise UserError(
-        f"prompt.shots needs worked examples: set prompt.shot_file, or put {SHOT_FILE} beside the questions"
+        f"prompt.shots needs worked examples: set prompt.shot_file, or put {SHOT_FILES[0]} beside the questions"
     )
