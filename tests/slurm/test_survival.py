@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import LocalSlurm, ended, output, starts
+from local_slurm import LocalSlurm, ended, output, starts
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob

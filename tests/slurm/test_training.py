@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from conftest import LocalSlurm, ended, starts
+from local_slurm import LocalSlurm, ended, starts
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.launch.jobs import RunFiles
