@@ -132,7 +132,10 @@ class AdaptedLinear(nn.Module):
         return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """x with dropout: the ranks draw one mask for the whole input and take their slices, as one process would."""
+        """x with dropout: every rank draws the mask of the whole input and takes its slice, as one process would.
+
+        That needs nothing but torch's default random state, which is the same on all ranks of the group.
+        """
         if not self.dropout or not self.training:
             return x
         axis = -1 if self.split == "row" else 0
@@ -142,19 +145,6 @@ class AdaptedLinear(nn.Module):
         keep = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
         mine = keep.chunk(ranks, axis)[self.tp_group.rank() if ranks > 1 else 0]
         return x * mine / (1 - self.dropout)
-
-    @torch.no_grad()
-    def start_from(self, a: Tensor, b: Tensor) -> None:
-        """Set the first r' rows of A and columns of B; the other columns of B become zero.
-
-        Args:
-            a: this rank's slice, [r', k] with r' <= r.
-            b: this rank's slice, [n, r'].
-        """
-        assert self.lora_a is not None and self.lora_b is not None
-        self.lora_a[: a.shape[0]].copy_(a)
-        self.lora_b.zero_()
-        self.lora_b[:, : b.shape[1]].copy_(b)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medllm.checkpoint.peft import read_peft
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
@@ -62,7 +61,7 @@ def loss(output: Tensor) -> tuple[Tensor, Tensor, dict]:
 
 def train(job: dict[str, Any]) -> None:
     """Build, optionally load, take some steps, optionally save; leave losses and gradients in the job's folder."""
-    from megatron_medllm.checkpoint.peft_model import load_peft
+    from megatron_medllm.checkpoint.peft_adapter import load_adapter, read_peft
     from megatron_medllm.models.adapters import add_adapters
     from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
 
@@ -76,7 +75,7 @@ def train(job: dict[str, Any]) -> None:
         if job.get("fill_b"):
             fill_b([unwrap(chunk) for chunk in chunks], **tp)
         if "peft" in job:
-            load_peft(chunks, read_peft(Path(job["peft"]), SHAPE), SHAPE, **tp)
+            load_adapter(chunks, read_peft(Path(job["peft"]), SHAPE), **tp)
     config = unwrap(chunks[0]).config
     chunks = mcore.wrap_ddp(chunks, config, layout)
     optimizer = mcore.build_optimizer(chunks, config, OptimizerConfig(lr=0.01), layout)
