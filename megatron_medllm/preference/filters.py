@@ -2,6 +2,8 @@
 
 import re
 
+from rapidfuzz.distance import Levenshtein
+
 from megatron_medllm.config.pairs import FilterConfig
 from megatron_medllm.exams.question import Question
 from megatron_medllm.preference.candidate import Candidate
@@ -10,7 +12,7 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 _JAPANESE = re.compile(r"[ぁ-んァ-ヴー一-鿿々〆]")
 _LETTER = re.compile(r"[^\W\d_]")
 _RIGHT = r"正しい|正解|適切である|適切(?=[。\s]|$)|正(?=[。\s]|$)|○"
-_WRONG = r"誤り|誤って|正しくない|不正解|不適切|適切でない|誤(?=[。\s]|$)|×"
+_WRONG = r"誤り|誤って|正しくない|正し(?:い|く)とは|正解では?ない|不正解|不適切|適切でない|誤(?=[。\s]|$)|×"
 # What asks for the odd one out: there, `正しい` may mean "fits the question" or "is true".
 _ASKS_FOR_WRONG = re.compile(r"(?:ない|誤り|誤っている|不適切な|低い)(?:もの|の)?(?:は|を)|除く")
 _ANSWER_LINE = re.compile(r"\n?答え\s*[:：][^\n]*\s*$")
@@ -42,7 +44,7 @@ def pair_reason(chosen: Candidate, rejected: Candidate, config: FilterConfig) ->
     short, long = sorted((len(chosen.text), len(rejected.text)))
     if long > config.max_length_ratio * short:
         return "length ratio"
-    if edit_distance(chosen.text, rejected.text) < config.min_edit_distance * long:
+    if Levenshtein.normalized_distance(chosen.text, rejected.text) < config.min_edit_distance:
         return "nearly identical"
     return None
 
@@ -82,25 +84,3 @@ def option_verdicts(text: str, labels: tuple[str, ...]) -> dict[str, bool]:
     for match in statement.finditer(body):
         found.setdefault(match.group(1), set()).add(match.group(2) is None)
     return {option: verdicts.pop() for option, verdicts in found.items() if len(verdicts) == 1}
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance, bit-parallel (Hyyrö 2003): one pass over `b` with integers as wide as `a`."""
-    if not a:
-        return len(b)
-    mask, top = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    where: dict[str, int] = {}
-    for index, character in enumerate(a):
-        where[character] = where.get(character, 0) | 1 << index
-    plus, minus, distance = mask, 0, len(a)
-    for character in b:
-        equal = where.get(character, 0)
-        vertical = equal | minus
-        horizontal = (((equal & plus) + plus) ^ plus) | equal
-        up = minus | ~(horizontal | plus)
-        down = plus & horizontal
-        distance += bool(up & top) - bool(down & top)
-        up = (up << 1) | 1
-        plus = ((down << 1) | ~(vertical | up)) & mask
-        minus = up & vertical & mask
-    return distance
