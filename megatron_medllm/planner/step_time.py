@@ -77,11 +77,12 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
 
 
 def gemm_flops_rate(workload: Workload, hardware: Hardware) -> float:
-    """FLOP/s that the layers' matrix products reach."""
+    """FLOP/s that the layers' matrix products reach: per-tensor scales under TE, block scales under torch."""
     if workload.precision == "fp8" or workload.mode == "fp8-lora":
         if hardware.peak_fp8_flops is None:
             raise UserError(f"{hardware.name} has no FP8 units; use precision bf16, or mode lora or qlora")
-        return hardware.peak_fp8_flops * hardware.efficiency_gemm_fp8
+        te = workload.backend == "te"
+        return hardware.peak_fp8_flops * (hardware.efficiency_gemm_fp8 if te else hardware.efficiency_gemm_fp8_blocks)
     return hardware.peak_bf16_flops * hardware.efficiency_gemm_bf16
 
 

@@ -1,5 +1,6 @@
 """Rendering, exit statuses and the recipe's jobs, without a Slurm (tests/slurm has one)."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
+from megatron_medllm.config.model import SIZES
 from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch import supervisor
@@ -18,7 +20,9 @@ from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s,
 from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, status_report
 from megatron_medllm.launch.submit import check_chain, submission_report, submit
 from megatron_medllm.recipe import recipe_stages
+from megatron_medllm.storage import write_json
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit-cpt-72b.sbatch"
 RECIPE = """
 name: cpt72
@@ -113,12 +117,26 @@ def test_a_recipe_that_cannot_fit_is_refused_unless_forced(recipe: Path, tmp_pat
         recipe_jobs(run, stages, run.cluster, only=["ctp"])
 
 
-def _tiny_description_of_72b(directory: Path) -> Path:
-    """An HF directory that says it is the 72B model."""
-    from megatron_medllm.config.model import SIZES
-    from megatron_medllm.storage import write_json
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_renders(example: Path, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}/run"]
+    size = re.search(r"qwen2\.5-([\d.]+b)", example.name)
+    if size is not None:
+        overrides += [f"model.path={_description(tmp_path, size[1])}", "model.size=null"]
+    run = load(example, overrides)
+    cluster = run.cluster or ClusterConfig(gpus=False)
+    jobs = recipe_jobs(run, recipe_stages(run, Path("config.yaml")), cluster)
+    scripts = submit(run.run_dir, jobs, cluster, config_text="{}", dry_run=True).scripts
+    assert scripts and all("srun" in text and "#SBATCH --time=" in text for text in scripts.values())
 
-    shape = SIZES["72b"]
+
+def _tiny_description_of_72b(directory: Path) -> Path:
+    return _description(directory, "72b")
+
+
+def _description(directory: Path, size: str) -> Path:
+    """An HF directory that says it is the model of that size."""
+    shape = SIZES[size]
     write_json(
         directory / "config.json",
         {
@@ -129,6 +147,7 @@ def _tiny_description_of_72b(directory: Path) -> Path:
             "num_key_value_heads": shape.num_query_groups,
             "intermediate_size": shape.ffn_hidden_size,
             "vocab_size": shape.vocab_size,
+            "tie_word_embeddings": shape.tie_embeddings,
         },
     )
     return directory

@@ -9,11 +9,21 @@ import pytest
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import SIZES
 from megatron_medllm.errors import UserError
-from megatron_medllm.planner import Workload, known_hardware, load_hardware, plan, plan_report, plan_values, search
+from megatron_medllm.planner import (
+    Plan,
+    Workload,
+    known_hardware,
+    load_hardware,
+    plan,
+    plan_report,
+    plan_values,
+    search,
+)
 from megatron_medllm.planner.flops import model_flops_per_token
 from megatron_medllm.planner.plan import require_fit
 from megatron_medllm.planner.reliability import daly_interval, expected_efficiency, young_interval
 from megatron_medllm.planner.scale import scaling_curve
+from megatron_medllm.planner.workload import Mode
 
 GIB = 2**30
 
@@ -126,3 +136,13 @@ def test_hardware_files_load_and_broken_ones_name_the_field(tmp_path: Path) -> N
             load_hardware(str(path))
     with pytest.raises(UserError, match="unknown hardware 'h9000'; known: a100-80g"):
         load_hardware("h9000")
+
+
+def test_block_scaled_fp8_saves_memory_not_time() -> None:
+    def lora(mode: Mode) -> Plan:
+        layout = LayoutConfig(gpus_per_node=1, recompute="full")
+        return plan(Workload(shape=SIZES["72b"], layout=layout, mode=mode, global_batch_size=1), "h200")
+
+    fp8, bf16 = lora("fp8-lora"), lora("lora")
+    assert fp8.fits and not bf16.fits  # 72B on one H200
+    assert fp8.tokens_per_s_per_gpu < bf16.tokens_per_s_per_gpu
