@@ -21,10 +21,10 @@ _ONE_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0xFF65: "・",
 }
 _NEXT_QUESTION = re.compile(r"\n\s*(?:問題|設問|質問)\s*\d*\s*[:.]")
-_COLON_MARKER = re.compile(r"(?:答え|正解|正答|解答|回答|answer)[\s*」』】]*(?:は\s*)?[:=]\s*")
+_COLON_MARKER = re.compile(r"(?:答え|正解|正答|解答|回答|answer)[\s*」』】]*(?:は\s*)?[:=]\s*|\\boxed(?=\{)")
 _WORD_MARKER = re.compile(r"(?:答え|正解|正答|解答|回答|answer)\s*(?:は|is)?\s*")
-_OPENING = re.compile(r"[\s「『【\[(<*_\"'`]*(?:選択肢)?\s*")
-_CLOSING = re.compile(r"[」』】\])>*_\"'`]*[.:]?\s*")
+_OPENING = re.compile(r"(?:[\s「『【\[(<*_\"'`${]|\\boxed\{|\\text\{)*(?:選択肢)?\s*")
+_CLOSING = re.compile(r"[」』】\])>*_\"'`$}]*[.:]?\s*")
 _SEPARATOR = re.compile(r"\s*(?:,|、|・|/|&|\+|;|と|及び|および|\band\b|\s)\s*")
 _NEGATION = re.compile(r"\s*(?:では?な[いく]|じゃな[いく]|以外)")
 _NUMBER = re.compile(r"(?<![a-z\d.])[-+]?\d[\d,]*(?:\.\d+)?")

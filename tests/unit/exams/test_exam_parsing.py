@@ -89,6 +89,9 @@ def test_malformed_short_answers(output: str, reason: str) -> None:
         ("説明。\n答え: c\n\n問題: 次\n答え: d", "c"),
         ("説明。\n**答え:** c", "c"),
         ("答え:\nc", "c"),
+        ("よって $\\boxed{c}$", "c"),
+        ("答え: \\boxed{\\text{b}, e}", "be"),
+        ("正解は「b」と「e」です。", "be"),
     ],
 )
 def test_lenient_explanations(output: str, answer: str) -> None:
