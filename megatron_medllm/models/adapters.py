@@ -58,13 +58,23 @@ class AdaptedLinear(nn.Module):
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
 
-    def __init__(self, linear: nn.Module, *, split: Split, gated: bool, config: AdapterConfig, adapted: bool) -> None:
+    def __init__(
+        self,
+        linear: nn.Module,
+        *,
+        split: Split,
+        gated: bool,
+        config: AdapterConfig,
+        adapted: bool,
+        device: torch.device,
+    ) -> None:
         """Args:
         linear: Megatron-Core's ColumnParallelLinear or RowParallelLinear.
         split: which of the two.
         gated: its outputs are gate and up, each split over the ranks on its own.
         config: rank, dropout and the format of the base.
         adapted: False: only freeze the weight and hold it in the base's format.
+        device: where the adapter and a quantized weight are put.
         """
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
@@ -73,16 +83,18 @@ class AdaptedLinear(nn.Module):
         self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
         self.dropout, self.scale = config.dropout, config.alpha / config.rank
         self.bias, self.dtype = linear.bias, linear.weight.dtype
-        self.frozen: FrozenWeight | None = None if config.base == "bf16" else FORMATS[config.base](linear.weight)
-        self.weight = linear.weight if self.frozen is None else None
+        self.frozen: FrozenWeight | None = None
+        self.weight = linear.weight
+        if config.base != "bf16":
+            self.frozen, self.weight = FORMATS[config.base](linear.weight.detach().to(device)), None
         self.lora_a = self.lora_b = None
         if adapted:
             outputs, inputs = linear.weight.shape
-            self.lora_a = self._half(linear.weight, (config.rank, inputs), split_dim=1 if split == "row" else None)
-            self.lora_b = self._half(linear.weight, (outputs, config.rank), split_dim=0 if split == "column" else None)
+            self.lora_a = self._half((config.rank, inputs), device, split_dim=1 if split == "row" else None)
+            self.lora_b = self._half((outputs, config.rank), device, split_dim=0 if split == "column" else None)
 
-    def _half(self, like: Tensor, shape: tuple[int, int], *, split_dim: int | None) -> nn.Parameter:
-        half = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+    def _half(self, shape: tuple[int, int], device: torch.device, *, split_dim: int | None) -> nn.Parameter:
+        half = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
         if split_dim is None:
             half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         else:
@@ -177,7 +189,13 @@ class AdaptedLinear(nn.Module):
 
 
 def add_adapters(
-    chunks: Iterable[Qwen25Model], config: AdapterConfig, *, seed: int, tp_rank: int, tp_size: int
+    chunks: Iterable[Qwen25Model],
+    config: AdapterConfig,
+    *,
+    seed: int,
+    tp_rank: int,
+    tp_size: int,
+    device: torch.device | None = None,
 ) -> None:
     """Freeze the model and put an adapter on every target; call it once the base weights are loaded.
 
@@ -191,12 +209,15 @@ def add_adapters(
         seed: of A.
         tp_rank: this rank within its tensor-parallel group.
         tp_size: size of that group.
+        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere: a base that fits
+            there only in FP8 or NF4 is built and loaded on the CPU. Default: where it is.
 
     Raises:
         UserError: layers that have no adapter here (Transformer Engine's), or an NF4 base without bitsandbytes.
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
+        target_device = device or next(chunk.parameters()).device
         for layer in chunk.decoder.layers:
             for name, (parent_name, split) in LINEARS.items():
                 if name in config.targets or config.base != "bf16":
@@ -204,9 +225,15 @@ def add_adapters(
                     linear = getattr(parent, name)
                     _refuse_foreign(linear)
                     adapted = AdaptedLinear(
-                        linear, split=split, gated=name == "linear_fc1", config=config, adapted=name in config.targets
+                        linear,
+                        split=split,
+                        gated=name == "linear_fc1",
+                        config=config,
+                        adapted=name in config.targets,
+                        device=target_device,
                     )
                     setattr(parent, name, adapted)
+        chunk.to(target_device)
         for name, parameter in global_parameters(chunk):
             if name.endswith("lora_a"):
                 _draw_a(parameter, name, seed=seed, tp_rank=tp_rank, tp_size=tp_size)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.fp8 import fp8_frozen_linear, quantize_weight
+from megatron_medllm.kernels.fp8.blocks import BLOCK
 
 NF4_BLOCK = 64
 
@@ -35,6 +36,11 @@ class FP8Weight:
     """e4m3 in 128 x 128 blocks; the input is cast too, so that both products run in FP8."""
 
     def __init__(self, weight: Tensor) -> None:
+        if weight.is_cuda and any(size % BLOCK for size in weight.shape):
+            raise UserError(
+                f"adapter.base=fp8: a linear of {' x '.join(map(str, weight.shape))} on each rank; on a GPU both sizes "
+                f"must be multiples of {BLOCK}: change layout.tp"
+            )
         self._weight = quantize_weight(weight)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -245,6 +245,7 @@ def build_model(model: ModelConfig, layout: LayoutConfig, *, device: torch.devic
     """This rank's model chunks: one, or `layout.vpp` of them. bf16 chunks are wrapped in Float16Module."""
     shape = model.resolve_shape()
     config = transformer_config(shape, layout, model)
+    config.use_cpu_initialization = device.type == "cpu"
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks: list[nn.Module] = [
         Qwen25Model(config, shape, backend=model.backend, vp_stage=stage).to(device) for stage in stages
