@@ -114,7 +114,7 @@ def _plan(config: CorpusConfig) -> tuple[list[Unit], dict[str, dict]]:
     """All units, and the size and time of every input file."""
     units: list[Unit] = []
     for name, source in config.sources.items():
-        units += plan_units(name, source, first_number=len(units), chunk_bytes=int(config.chunk_mb * 1e6))
+        units += plan_units(name, source, first_number=len(units), chunk_bytes=max(1, int(config.chunk_mb * 1e6)))
     inputs = {}
     for unit in units:
         for piece in unit.pieces:

@@ -66,5 +66,5 @@ def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def join(texts: Iterable[str]) -> str:
-    """Texts end to end with a separator behind each."""
-    return "".join(part for text in texts for part in (text.replace(SEPARATOR, ""), SEPARATOR))
+    """Texts end to end with a separator behind each, and none within."""
+    return "".join(part for text in texts for part in (text.replace(SEPARATOR, "\0"), SEPARATOR))

@@ -5,6 +5,7 @@ torch. Index: magic, version 1, dtype code, sequences N, document bounds D; N le
 D bounds (int64, the first is 0). One document is one sequence; an empty document has a bound and no sequence.
 """
 
+import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _COPY_BYTES = 1 << 30
+_NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}  # some network file systems
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -118,7 +120,13 @@ def copy_kept(target: IO[bytes], part: Path, lengths: np.ndarray, kept: np.ndarr
 
 def _copy_range(source: int, target: int, start: int, stop: int) -> None:
     while start < stop:
-        copied = os.copy_file_range(source, target, min(_COPY_BYTES, stop - start), offset_src=start)
+        size = min(_COPY_BYTES, stop - start)
+        try:
+            copied = os.copy_file_range(source, target, size, offset_src=start)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            copied = os.sendfile(target, source, start, size)
         if copied == 0:
             raise OSError(f"a part file ended {stop - start} bytes early")
         start += copied

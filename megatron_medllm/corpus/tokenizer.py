@@ -140,7 +140,10 @@ def _fastokens_encoder(path: Path) -> Encoder:
 def _tokenizers_encoder(path: Path) -> Encoder:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer.json ({error})") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -96,6 +96,11 @@ def test_boilerplate_and_ordinary_text_are_not(detector):
     assert met(detector, [*SENTENCES, PREFIX, PREFIX + SENTENCES[0], near, ""]) == [set()] * (len(SENTENCES) + 4)
 
 
+def test_a_separator_in_a_text_shifts_nothing(detector):
+    found = detector.find(["\U0010ffff" * 50, "前" + lay_out(QUESTIONS[0], "") + "後\U0010ffff"])
+    assert {position: found[position].masked for position in found} == {1: "前後\U0010ffff"}
+
+
 def test_masking_cuts_the_passage_only(detector):
     before, after = SENTENCES[0] + "\n", "\n以上。" + SENTENCES[1]
     found = detector.find(["無関係", before + lay_out(QUESTIONS[0], "") + after])

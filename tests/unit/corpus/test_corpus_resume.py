@@ -120,6 +120,16 @@ def test_full_disk_then_space(tmp_path, config, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_file_system_without_copies_in_the_kernel(tmp_path, config, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    build(config, tmp_path / "whole", workers=1)
+    monkeypatch.setattr(index.os, "copy_file_range", refuse)
+    build(config, tmp_path / "out", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def interrupted(tmp_path, config, monkeypatch):
     """An output directory with its parts done and nothing merged."""
     with monkeypatch.context() as patch:
