@@ -9,6 +9,7 @@ threads, the least of the repeats.
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -132,13 +133,15 @@ def write_document(path: Path, lines: list[str], arguments: argparse.Namespace) 
     text = f"""# The head on a CPU
 
 `fused_linear_logprob` (backend `torch`, fp32, default chunk) against `F.cross_entropy` on logits written out, forward
-and backward, {arguments.tokens:,} tokens x {arguments.hidden} x {arguments.vocab:,} words. `general`: any upstream
-gradient. `uniform`: upstream gradient known up to a factor (CPT). `frozen`: the weight takes no gradient (LoRA).
+and backward, {arguments.tokens:,} tokens x {arguments.hidden} x {arguments.vocab:,} words. `general`: any upstream gradient. `uniform`: upstream gradient known up to a factor (CPT). `frozen`: the weight takes no gradient (LoRA).
 `score`: forward only. Memory is the growth of the process's peak over the inputs, weight gradient included; ratios are
 against the row of logits written out with the same parameters trained.
 
 {cpu_model()}, threads: {arguments.threads}, torch {torch.__version__}, Python {platform.python_version()}; least of
 {arguments.repeats} runs. Command: `python tools/bench_head.py --repeats {arguments.repeats} --document {path}`
+
+Load average at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Where it is above the number of cores, wall
+times say nothing and CPU times are rough; memory is exact either way.
 
 """
     with atomic_write(path) as stream:
