@@ -133,9 +133,10 @@ def write_document(path: Path, lines: list[str], arguments: argparse.Namespace) 
     text = f"""# The head on a CPU
 
 `fused_linear_logprob` (backend `torch`, fp32, default chunk) against `F.cross_entropy` on logits written out, forward
-and backward, {arguments.tokens:,} tokens x {arguments.hidden} x {arguments.vocab:,} words. `general`: any upstream gradient. `uniform`: upstream gradient known up to a factor (CPT). `frozen`: the weight takes no gradient (LoRA).
-`score`: forward only. Memory is the growth of the process's peak over the inputs, weight gradient included; ratios are
-against the row of logits written out with the same parameters trained.
+and backward, {arguments.tokens:,} tokens x {arguments.hidden} x {arguments.vocab:,} words. `general`: any
+upstream gradient. `uniform`: upstream gradient known up to a factor (CPT). `frozen`: the weight takes no gradient
+(LoRA). `score`: forward only. Memory is the growth of the process's peak over the inputs, weight gradient included;
+ratios are against the row of logits written out with the same parameters trained.
 
 {cpu_model()}, threads: {arguments.threads}, torch {torch.__version__}, Python {platform.python_version()}; least of
 {arguments.repeats} runs. Command: `python tools/bench_head.py --repeats {arguments.repeats} --document {path}`
