@@ -58,7 +58,8 @@ class Detector:
         covered = self._covered(documents, grams)
         run = self.config.match_chars - GRAM
         in_run = np.zeros(len(positions), bool)
-        in_run[: len(positions) - run] = positions[run:] - positions[: len(positions) - run] == run
+        starts = max(0, len(positions) - run)
+        in_run[:starts] = positions[run:] - positions[:starts] == run
         found = {}
         for document in np.union1d(documents[in_run], np.array(list(covered), np.int64)):
             low, high = np.searchsorted(documents, [document, document + 1])

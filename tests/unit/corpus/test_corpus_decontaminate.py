@@ -101,6 +101,13 @@ def test_a_separator_in_a_text_shifts_nothing(detector):
     assert {position: found[position].masked for position in found} == {1: "前後\U0010ffff"}
 
 
+@pytest.mark.parametrize("length", range(10, 31))
+def test_a_run_matches_from_thirty_characters_on(detector, length):
+    stem = "8歳の女児三日前から続く発熱と頸部の腫れを心配した母親に連れられて"
+    expected = {"991B1"} if length >= 30 else set()
+    assert met(detector, ["前置き。" + stem[:length] + "……。後書き。"]) == [expected]
+
+
 def test_masking_cuts_the_passage_only(detector):
     before, after = SENTENCES[0] + "\n", "\n以上。" + SENTENCES[1]
     found = detector.find(["無関係", before + lay_out(QUESTIONS[0], "") + after])
