@@ -14,8 +14,8 @@ class Hardware:
     """One kind of GPU and the links around it.
 
     Memory in bytes, peaks in dense FLOP/s, bandwidths in bytes/s per GPU and direction, latencies in seconds.
-    `efficiency_*` is what a kernel reaches of its peak: `..._fp8` with TE's per-tensor scales, `..._fp8_blocks` with our
-    128-wide blocks. `sources` says where every number is from.
+    `efficiency_*` is what a kernel reaches of its peak: `..._fp8` with TE's per-tensor scales, `..._fp8_blocks` with
+    our 128-wide blocks. `sources` says where every number is from.
     """
 
     name: str
