@@ -45,6 +45,8 @@ class Journal:
     def _open(self, identity: dict[str, Any]) -> dict[str, Any]:
         rows = self._read()
         if rows and rows[0] == identity:
+            for leftover in self.directory.rglob(".*.partial"):  # an atomic write that was killed
+                leftover.unlink()
             return {row["part"]: row["result"] for row in rows[1:]}
         self._start_anew(identity)
         return {}
