@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +39,9 @@ eval_app = typer.Typer(
     cls=DefaultToRun,
     help="Exams, with and without explanations: `medllm eval CONFIG`, or compare and score below.",
 )
+bench_app = typer.Typer(no_args_is_help=True, help="Throughput that can be checked and compared.")
 app.add_typer(corpus_app, name="corpus")
+app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
 console = Console()
@@ -51,6 +54,10 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
     from megatron_medllm.config.run import load
 
     return load(config, overrides or [])
+
+
+def _print_markdown(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.callback()
@@ -165,7 +172,7 @@ def eval_run(config: Config, overrides: Overrides = None) -> None:
         raise UserError(f"{config}: medllm eval needs the section 'eval' and model.path")
     output = run.output or run.run_dir / "eval"
     summary = run_exam(run.eval, run.model.path, output)
-    console.print((output / "report.md").read_text())
+    _print_markdown((output / "report.md").read_text())
     raise typer.Exit(0 if all(r["met"] for r in summary["requirements"]) else 1)
 
 
@@ -177,7 +184,7 @@ def eval_compare(
     """Put evaluations beside each other, with paired intervals for their differences."""
     from megatron_medllm.evaluation.compare import compare, compare_markdown
 
-    console.print(compare_markdown(compare(directories, published=published)), markup=False)
+    _print_markdown(compare_markdown(compare(directories, published=published)))
 
 
 @eval_app.command("score")
@@ -190,7 +197,7 @@ def eval_score(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Score predictions that were made elsewhere, by the official rules."""
-    from megatron_medllm.evaluation.score_file import score_predictions
+    from megatron_medllm.evaluation.score_file import score_markdown, score_predictions
 
     if parser not in ("strict", "lenient"):
         raise UserError(f"--parser {parser}: expected strict or lenient")
@@ -198,8 +205,7 @@ def eval_score(
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
-    console.print(f"{result['correct']}/{result['n']} correct, {result['points']}/{result['possible']} points")
-    console.print_json(data=result["by_year"])
+    _print_markdown(score_markdown(result))
 
 
 @app.command("import")
@@ -273,7 +279,9 @@ def corpus_inspect(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    hardware: Annotated[str, typer.Option(help="h100-sxm, h200, a100-80g, or a .json file")] = "h100-sxm",
+    hardware: Annotated[
+        str | None, typer.Option(help="h100-sxm, h200, a100-80g, a .json file; default: the cluster's")
+    ] = None,
     search: Annotated[bool, typer.Option("--search", help="rank all layouts that fit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -283,7 +291,9 @@ def plan(
     from megatron_medllm.planner.report import plan_report, plan_values, search_report
     from megatron_medllm.planner.search import search as search_layouts
 
-    workload = workload_of(_load(config, overrides))
+    run = _load(config, overrides)
+    workload = workload_of(run)
+    hardware = hardware or (run.cluster.hardware if run.cluster else "h100-sxm")
     if search:
         console.print(search_report(search_layouts(workload, hardware)), markup=False, highlight=False)
         return
@@ -328,6 +338,67 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     from megatron_medllm.launch.status import cancel as cancel_run
 
     console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
+
+
+@bench_app.command("throughput")
+def bench_throughput(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="steps of the measured window")] = 10,
+    warmup_steps: Annotated[int, typer.Option(help="steps before it")] = 3,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="random documents instead of the corpora")] = False,
+    document_length: Annotated[int, typer.Option(help="tokens of a synthetic document")] = 1024,
+    hardware: Annotated[str | None, typer.Option(help="device whose peak MFU refers to")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/bench")] = None,
+) -> None:
+    """Measure `stage` as training runs it: tokens/s/GPU, FLOP/s, memory, shares of the step."""
+    run = _load(config, overrides)
+    _start_ranks_if_needed(run.layout)
+    from megatron_medllm.bench.report import throughput_report
+    from megatron_medllm.bench.throughput import BenchSettings, measure
+    from megatron_medllm.storage import read_json
+
+    settings = BenchSettings(
+        output=output or run.run_dir / "bench",
+        warmup_steps=warmup_steps,
+        steps=steps,
+        synthetic=synthetic,
+        document_length=document_length,
+        hardware=hardware,
+    )
+    path = measure(run, settings)
+    if os.environ.get("RANK", "0") == "0":
+        _print_markdown(throughput_report(read_json(path)))
+
+
+@bench_app.command("compare")
+def bench_compare(
+    first: Annotated[Path, typer.Argument(help="throughput.json")],
+    second: Annotated[Path, typer.Argument(help="throughput.json")],
+) -> None:
+    """Put two measurements beside each other, and what differs in their settings."""
+    from megatron_medllm.bench.report import compare_report
+
+    _print_markdown(compare_report(first, second))
+
+
+@bench_app.command("sweep")
+def bench_sweep(
+    config: Config,
+    overrides: Overrides = None,
+    over: Annotated[list[str] | None, typer.Option(help="key=value,value; may be repeated")] = None,
+    steps: Annotated[int, typer.Option(help="steps of every measured window")] = 10,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="random documents instead of the corpora")] = False,
+    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/bench")] = None,
+) -> None:
+    """Measure every combination of settings; one that runs out of memory is a result."""
+    from megatron_medllm.bench.sweep import sweep, sweep_report
+
+    if not over:
+        raise UserError("medllm bench sweep needs --over key=value,value")
+    folder = output or _load(config, overrides).run_dir / "bench"
+    options = ["--steps", str(steps), *(["--synthetic"] if synthetic else [])]
+    _print_markdown(sweep_report(sweep(config, overrides or [], over, folder, options=options)))
 
 
 @app.command()

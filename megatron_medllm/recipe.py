@@ -7,10 +7,9 @@ import yaml
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch.jobs import RunFiles, StageJob
+from megatron_medllm.launch.jobs import RunFiles
+from megatron_medllm.launch.recipe_jobs import recipe_jobs
 from megatron_medllm.launch.submit import submission_report, submit
-from megatron_medllm.planner.from_config import workload_of
-from megatron_medllm.planner.plan import plan, require_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,46 +178,6 @@ def model_overrides(model: Path | None) -> tuple[str, ...]:
     return () if model is None else (f"model.path={model}", "model.size=null", "model.shape=null")
 
 
-_SCRIPTS = {"world": "corpus", "base": "cpt", "pairs": "eval", "report": "eval"}
-
-
-def slurm_jobs(run: RunConfig, stages: list[Stage], *, force: bool) -> list[StageJob]:
-    """The stages as batch jobs: training on the layout's nodes, everything else on one.
-
-    Raises:
-        UserError: a training stage's plan does not fit the hardware, unless `force`.
-    """
-    names = {stage.name for stage in stages}
-    jobs = []
-    for stage in stages:
-        kind = stage.name.split("-")[0]
-        trains = stage.arguments[0] in ("train", "score")
-        duration_s, save_time_s = None, 60.0
-        if stage.arguments[0] == "train" and run.cluster is not None and run.cluster.gpus:
-            trained = next(value.removeprefix("stage=") for value in stage.arguments if value.startswith("stage="))
-            found = plan(workload_of(run.model_copy(update={"stage": trained})), run.cluster.hardware)
-            if not force:
-                require_fit(found)
-            save_time_s = found.checkpoint.save_time_s
-        per_node = run.layout.world_size // run.layout.nodes
-        jobs.append(
-            StageJob(
-                name=stage.name,
-                script=_SCRIPTS.get(kind, kind),
-                arguments=stage.arguments,
-                nodes=run.layout.nodes if trains else 1,
-                gpus_per_node=per_node if trains else int(kind in ("eval", "pairs")),
-                processes_per_node=per_node if trains else 0,
-                duration_s=duration_s,
-                save_time_s=save_time_s,
-                checkpoints=f"{stage.name}/checkpoints" if trains else None,
-                metrics=f"{stage.name}/metrics.jsonl" if trains else None,
-                after=tuple(name for name in stage.after if name in names),
-            )
-        )
-    return jobs
-
-
 def submit_recipe(run: RunConfig, *, stages: list[str] | None, dry_run: bool, force: bool) -> str:
     """Submit the recipe, or the named stages of it, as a chain of Slurm jobs.
 
@@ -227,11 +186,7 @@ def submit_recipe(run: RunConfig, *, stages: list[str] | None, dry_run: bool, fo
     """
     if run.cluster is None:
         raise UserError("medllm submit needs the section 'cluster'")
-    all_stages = recipe_stages(run, RunFiles(run.run_dir.resolve()).config)
-    unknown = sorted(set(stages or ()) - {stage.name for stage in all_stages})
-    if unknown:
-        raise UserError(f"--stages: no stage {unknown[0]!r}; the recipe has {', '.join(s.name for s in all_stages)}")
-    chosen = [stage for stage in all_stages if stages is None or stage.name in stages]
+    files = RunFiles(run.run_dir.resolve())
+    jobs = recipe_jobs(run, recipe_stages(run, files.config), run.cluster, only=stages, force=force)
     config_text = yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-    jobs = slurm_jobs(run, chosen, force=force)
     return submission_report(submit(run.run_dir, jobs, run.cluster, config_text=config_text, dry_run=dry_run))

@@ -1,0 +1,116 @@
+"""Configuration: what is accepted, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.model import SIZES, ModelShape
+from megatron_medllm.config.run import load
+from megatron_medllm.errors import UserError
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+RECIPE = """
+run_dir: runs/x
+model: {size: mini}
+cpt:
+  data: [{path: corpus}]
+  train_tokens: 1000
+  sequence_length: 16
+  global_batch_size: 4
+  optimizer: {lr: 1e-4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_loads_and_its_layout_fits_its_model(path):
+    run = load(path, ["data=inputs"] if "real" in path.stem else [])
+    if run.model.path is None:
+        run.layout.check_model(run.model.resolve_shape())
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+def test_overrides_and_interpolation(recipe):
+    run = load(recipe, ["cpt.optimizer.lr=3e-5", "seed=7", "output=${run_dir}/there", "layout.tp=2"])
+    assert run.cpt.optimizer.lr == 3e-5
+    assert (run.seed, run.output, run.layout.world_size) == (7, Path("runs/x/there"), 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cpt.optimizer.lrr=1"], "unknown key 'cpt.optimizer.lrr'; did you mean 'lr'?"),
+        (["sedd=1"], "unknown key 'sedd'; did you mean 'seed'?"),
+        (["cpt.data=[{pth: x}]"], r"unknown key 'cpt.data.0.pth'; did you mean 'path'\?|cpt.data.0.path: Field required"),
+        (["cpt.sequence_length=long"], "cpt.sequence_length: .*integer.*found 'long'"),
+        (["cpt.optimizer.lr=-1"], "cpt.optimizer.lr: .*greater than 0"),
+        (["cpt.epochs=2"], "exactly one of train_tokens and epochs"),
+        (["model.size=8b"], "unknown size '8b'; known: mini, 0.5b"),
+        (["model.path=somewhere"], "exactly one of size, path and shape"),
+        (["layout.tp=3", "layout.gpus_per_node=8"], "world of 8 processes is not a multiple of tp"),
+        (["layout.sp=true"], "sp=true needs tp > 1"),
+        (["seed"], "'seed': expected key=value"),
+        (["output=${nowhere}"], "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_named(recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(recipe, overrides)
+
+
+def test_a_mandatory_value_is_asked_for(recipe):
+    recipe.write_text(RECIPE + "data: ???\n")
+    with pytest.raises(UserError, match="data must be given, as data=…"):
+        load(recipe, [])
+    assert load(recipe, ["data=here"]).data == Path("here")
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml: no such file"):
+        load(tmp_path / "none.yaml", [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(UserError, match=r"broken.yaml"):
+        load(broken, [])
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 3}, "layout.tp=3 does not divide the model's num_attention_heads = 4"),
+        ({"pp": 3}, "layout.pp=3 x vpp=1 does not divide the model's 4 layers"),
+        ({"pp": 2, "first_stage_layers": 4}, "does not divide"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_model_are_refused(layout, message):
+    with pytest.raises(UserError, match=message):
+        LayoutConfig(**layout).check_model(SIZES["mini"])
+
+
+def test_uneven_stages_fit():
+    LayoutConfig(pp=3, first_stage_layers=1, last_stage_layers=1).check_model(SIZES["mini"])
+
+
+def test_the_size_table_is_qwen25s():
+    """Parameters counted by hand from the published configurations, in millions."""
+
+    def millions(shape: ModelShape) -> int:
+        kv = shape.kv_channels * shape.num_query_groups
+        attention = shape.hidden_size * (2 * shape.hidden_size + 2 * kv) + shape.hidden_size + 2 * kv
+        layer = attention + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+        embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+        return round((shape.num_layers * layer + embeddings + shape.hidden_size) / 1e6)
+
+    assert {name: millions(shape) for name, shape in SIZES.items() if name != "mini"} == {
+        "0.5b": 494, "1.5b": 1544, "3b": 3086, "7b": 7616, "14b": 14770, "32b": 32764, "72b": 72706,
+    }  # fmt: skip
