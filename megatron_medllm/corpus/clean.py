@@ -12,13 +12,22 @@ import numpy as np
 from megatron_medllm.config.corpus import CleanConfig
 from megatron_medllm.corpus.shingles import code_points, hash_grams
 
-_ZERO_WIDTH = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_ZERO_WIDTH = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
+_CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+# By (strip_zero_width, strip_control): one pass over the text for both.
+_STRIPPED = {
+    (True, False): re.compile(f"[{_ZERO_WIDTH}]+"),
+    (False, True): re.compile(f"[{_CONTROL}]+"),
+    (True, True): re.compile(f"[{_ZERO_WIDTH}{_CONTROL}]+"),
+}
 _FULLWIDTH = {"alphanumeric": re.compile("[０-９Ａ-Ｚａ-ｚ]+"), "ascii": re.compile("[！-～]+")}
 _FULLWIDTH_TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # NFKC on a run of half-width kana alone composes its voicing marks, and touches nothing else.
 _HALFWIDTH_KANA = re.compile("[\uff61-\uff9f]+")
 _REPEAT_GRAM = 10
+_JAPANESE = np.zeros(0x110000, bool)
+for _first, _last in ((0x3001, 0x3007), (0x3041, 0x30FF), (0x4E00, 0x9FFF)):
+    _JAPANESE[_first : _last + 1] = True
 
 
 def clean(text: str, config: CleanConfig) -> tuple[str, str, str]:
@@ -42,14 +51,11 @@ def clean(text: str, config: CleanConfig) -> tuple[str, str, str]:
 
 
 def _rewrite(text: str, config: CleanConfig) -> str:
+    stripped = _STRIPPED.get((config.strip_zero_width, config.strip_control))
+    if stripped is not None:
+        text = stripped.sub("", text)
     if text.isascii():
-        if config.strip_control:
-            text = _CONTROL.sub("", text)
         return dedup_lines(text) if config.dedup_lines else text
-    if config.strip_zero_width:
-        text = _ZERO_WIDTH.sub("", text)
-    if config.strip_control:
-        text = _CONTROL.sub("", text)
     if config.fold_halfwidth_kana:
         text = _HALFWIDTH_KANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
     if config.fold_width != "none":
@@ -75,10 +81,7 @@ def dedup_lines(text: str) -> str:
 def japanese_ratio(text: str) -> float:
     """Share of kana, kanji and 、。々 among all characters."""
     codes = code_points(text)
-    kana = (codes >= 0x3041) & (codes <= 0x30FF)
-    kanji = (codes >= 0x4E00) & (codes <= 0x9FFF)
-    marks = (codes >= 0x3001) & (codes <= 0x3007)
-    return float((kana | kanji | marks).mean()) if len(codes) else 0.0
+    return float(_JAPANESE[codes].mean()) if len(codes) else 0.0
 
 
 def repeat_ratio(text: str) -> float:

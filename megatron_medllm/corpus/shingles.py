@@ -25,8 +25,8 @@ def hash_grams(codes: np.ndarray, n: int) -> np.ndarray:
     count = max(0, len(codes) - n + 1)
     hashes = np.empty(count, np.uint64)
     at = [*range(0, n - 3, 3), n - 3]  # the last trigram overlaps where 3 does not divide n
-    codes_64, trigrams = np.empty(_BLOCK + n - 1, np.uint64), np.empty(_BLOCK + n - 3, np.uint64)
-    scratch = np.empty(_BLOCK + n - 3, np.uint64)
+    longest = min(_BLOCK, count)
+    codes_64, trigrams, scratch = (np.empty(longest + n - 1, np.uint64) for _ in range(3))
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
         block, grams, spare = codes_64[: size + n - 1], trigrams[: size + n - 3], scratch[: size + n - 3]

@@ -223,8 +223,7 @@ class PartWriter:
         """Append documents with their tokens (all in one array) and tokens per document (int32)."""
         self._bin.write(tokens.data)
         self.tokens += len(tokens)
-        for document in documents:
-            _write_row(self._ids, document.id)
+        self._ids.write(b"".join(orjson.dumps(document.id) + b"\n" for document in documents))
         self.put("lengths", lengths)
         self.put("chars", np.array([len(document.text) for document in documents], np.uint32))
         self.put("lines", np.array([document.line for document in documents], np.int64))
