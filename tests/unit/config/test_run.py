@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_loads_and_its_layout_fits_its_model(path):
-    run = load(path, ["data=inputs"] if "real" in path.stem else [])
+    run = load(path, ["data=inputs"])
     if run.model.path is None:
         run.layout.check_model(run.model.resolve_shape())
 
@@ -51,7 +51,10 @@ def test_overrides_and_interpolation(recipe):
     [
         (["cpt.optimizer.lrr=1"], "unknown key 'cpt.optimizer.lrr'; did you mean 'lr'?"),
         (["sedd=1"], "unknown key 'sedd'; did you mean 'seed'?"),
-        (["cpt.data=[{pth: x}]"], r"unknown key 'cpt.data.0.pth'; did you mean 'path'\?|cpt.data.0.path: Field required"),
+        (
+            ["cpt.data=[{pth: x}]"],
+            r"unknown key 'cpt.data.0.pth'; did you mean 'path'\?|cpt.data.0.path: Field required",
+        ),
         (["cpt.sequence_length=long"], "cpt.sequence_length: .*integer.*found 'long'"),
         (["cpt.optimizer.lr=-1"], "cpt.optimizer.lr: .*greater than 0"),
         (["cpt.epochs=2"], "exactly one of train_tokens and epochs"),

@@ -119,7 +119,7 @@ def test_a_recipe_that_cannot_fit_is_refused_unless_forced(recipe: Path, tmp_pat
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_renders(example: Path, tmp_path: Path) -> None:
-    overrides = [f"run_dir={tmp_path}/run"]
+    overrides = [f"run_dir={tmp_path}/run", "data=inputs"]
     size = re.search(r"qwen2\.5-([\d.]+b)", example.name)
     if size is not None:
         overrides += [f"model.path={_description(tmp_path, size[1])}", "model.size=null"]
