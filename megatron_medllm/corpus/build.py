@@ -85,7 +85,7 @@ def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -
         parts = output_dir / WORK / "parts"
         missing = [unit for unit in units if not (parts / f"{unit.name}.json").exists()]
         context = multiprocessing.get_context("spawn")  # tokenizers hold threads that a fork would lose
-        job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict)
+        job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict, os.getpid())
         with ProcessPoolExecutor(max(1, min(workers, len(units))), context, start_worker, (job,)) as pool:
             try:
                 choice = pool.submit(compare_backends, _sample(config, units))

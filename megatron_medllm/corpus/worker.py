@@ -40,6 +40,7 @@ class Job:
     parts: Path
     questions: Path
     strict: bool
+    parent_pid: int  # told, not asked: the parent may be dead before a worker has started
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def start_worker(job: Job) -> None:
     global _worker
     # One core per worker: the libraries' own threads would fight the other workers for theirs.
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(job.parent_pid,), daemon=True).start()
     _worker = UnitWriter(job)
 
 
