@@ -41,7 +41,16 @@ class ModelShape(Section):
 
 
 def _shape(
-    layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int, *, tied: bool, eps: float = 1e-6
+    layers: int,
+    hidden: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    vocab: int,
+    *,
+    tied: bool,
+    eps: float = 1e-6,
+    rotary_base: float = 1e6,
 ) -> ModelShape:
     return ModelShape(
         num_layers=layers,
@@ -52,12 +61,13 @@ def _shape(
         vocab_size=vocab,
         tie_embeddings=tied,
         layernorm_epsilon=eps,
+        rotary_base=rotary_base,
     )
 
 
 # From the published config.json of each Qwen/Qwen2.5-* base model. `mini` is the miniature world's own.
 SIZES: dict[str, ModelShape] = {
-    "mini": _shape(4, 128, 4, 2, 384, 1536, tied=True),
+    "mini": _shape(2, 64, 4, 2, 192, 1024, tied=True, rotary_base=1e4),
     "0.5b": _shape(24, 896, 14, 2, 4864, 151936, tied=True),
     "1.5b": _shape(28, 1536, 12, 2, 8960, 151936, tied=True),
     "3b": _shape(36, 2048, 16, 2, 11008, 151936, tied=True),
@@ -82,6 +92,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     init_std: float = Field(
         default=0.02, gt=0, description="standard deviation of random weights (used without `path`)"
+    )
+    ffn_multiple: int | None = Field(
+        default=None,
+        gt=0,
+        description="the FFN is padded with zeros to a multiple of this; default: 128 x layout.tp where weights are "
+        "FP8, else none. Fix it where such a run is to resume under another tp",
     )
 
     @model_validator(mode="after")
