@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from megatron_medllm.config.base import Section
 
+# Scales per block of 128 (the torch backend's own and Transformer Engine's), of earlier steps, or of the whole tensor.
+Fp8Recipe = Literal["blockwise", "delayed", "tensorwise"]
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
@@ -36,6 +39,9 @@ class AdapterConfig(Section):
         "linear_fc2",
     )
     base: Literal["bf16", "fp8", "nf4"] = "bf16"
+    path: Path | None = Field(
+        default=None, description="start from this PEFT adapter; its rank, alpha and targets replace those here"
+    )
 
 
 class CheckpointConfig(Section):
@@ -44,7 +50,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=0, ge=0, description="0: only at the end and on a signal")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int = Field(default=0, ge=0, description="checkpoints at multiples of this stay for good")
-    async_save: bool = False
+    async_save: bool = Field(default=False, description="write in the background while training goes on")
 
 
 class GuardConfig(Section):
@@ -71,13 +77,27 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(default=1, gt=0, description="rows in one forward pass")
     global_batch_size: int = Field(gt=0, description="rows (CPT) or pairs (RPO) in one step, over all replicas")
     adapter: AdapterConfig | None = Field(default=None, description="LoRA; none: all parameters train")
-    fp8: Literal["none", "hybrid"] = Field(default="none", description="FP8 GEMMs in full training")
+    fp8: Literal["none", "hybrid"] = Field(
+        default="none", description="FP8 GEMMs in full training (Transformer Engine; e4m3, gradients e5m2)"
+    )
+    fp8_recipe: Fp8Recipe = Field(default="blockwise", description="how FP8 is scaled; torch backend: blockwise")
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log_every_steps: int = Field(default=1, gt=0)
     validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
-    validation_batches: int = Field(default=8, gt=0)
+    validation_batches: int = Field(default=8, gt=0, description="of every source's held-out share, at most")
     wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _one_fp8(self) -> "TrainConfig":
+        if self.fp8 != "none" and self.adapter is not None:
+            raise ValueError("fp8=hybrid is for full training; for LoRA on FP8 weights set adapter.base=fp8")
+        return self
+
+    @property
+    def fp8_gemms(self) -> Fp8Recipe | None:
+        """The recipe of full training in FP8, None without."""
+        return None if self.fp8 == "none" else self.fp8_recipe
 
 
 class DataSource(Section):

@@ -5,6 +5,7 @@ a document longer than the row goes on in the next one. Here a row also learns w
 attention and positions restart there, and which documents it used, so that a ledger can be kept.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,18 @@ def _find_end(document: np.ndarray, marker: tuple[int, ...]) -> int | None:
 
 
 class CptRows:
-    """Row i of the training or validation blend, for all i in [0, len)."""
+    """Row i of the training blend or of one source's held-out share, for all i in [0, len)."""
 
-    def __init__(self, dataset: BlendedDataset | PackedDocuments) -> None:
+    def __init__(self, dataset: BlendedDataset | PackedDocuments, *, count: int | None = None) -> None:
         self._dataset = dataset
+        self._count = len(dataset) if count is None else count
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._count
+
+    def first(self, count: int) -> "CptRows":
+        """The first `count` of these rows."""
+        return CptRows(self._dataset, count=count)
 
     def __getitem__(self, index: int) -> MicroBatch:
         return self._dataset[index]["row"]
@@ -133,8 +139,9 @@ class CptRows:
 
 @dataclass(frozen=True)
 class Blend:
-    """All configured corpora as one: prefixes with weights, training/validation/test shares, and their tokenizer."""
+    """All configured corpora as one: sources with weights, training/validation/test shares, and their tokenizer."""
 
+    names: tuple[str, ...]  # of the sources, told apart by their corpus where two have the same
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
     tokens: int
@@ -157,7 +164,8 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
     """
     found = [(corpus, read_blend(corpus.path)) for corpus in corpora]
     first_corpus, first = found[0]
-    prefixes, weights, tokens = [], [], 0
+    names, prefixes, weights, tokens = [], [], [], 0
+    counts = Counter(source.name for _, blend in found for source in blend.sources)
     for corpus, blend in found:
         for name in ("tokenizer_digest", "eod_id", "split"):
             if getattr(blend, name) != getattr(first, name):
@@ -167,32 +175,29 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
             if indexed != source.tokens:
                 raise UserError(f"{source.prefix}.idx holds {indexed} tokens, but its manifest says {source.tokens}")
             if source.tokens:
+                names.append(source.name if counts[source.name] == 1 else f"{corpus.path.name}-{source.name}")
                 prefixes.append(str(source.prefix))
                 weights.append(corpus.weight * source.weight)
                 tokens += source.tokens
     if not prefixes:
         raise UserError(f"{first_corpus.path}: the corpus holds no tokens")
     return Blend(
-        tuple(prefixes), tuple(weights), tokens, first.split, first.tokenizer_digest, first.vocab_size, first.eod_id
+        names=tuple(names),
+        prefixes=tuple(prefixes),
+        weights=tuple(weights),
+        tokens=tokens,
+        split=first.split,
+        tokenizer_digest=first.tokenizer_digest,
+        vocab_size=first.vocab_size,
+        eod_id=first.eod_id,
     )
 
 
-def build_rows(
-    config: CptConfig,
-    blend: Blend,
-    *,
-    seed: int,
-    train_rows: int,
-    validation_rows: int,
-    loss_after: tuple[tuple[int, ...], ...],
-    cache_dir: Path,
-) -> tuple[CptRows, CptRows | None]:
-    """Build training and validation rows through Megatron-Core's blended builder.
-
-    Rows depend on the seed, the blend and their number only, never on the layout: step k reads the same rows anywhere.
-    Collective: every rank calls it.
-    """
-    dataset_config = PackedDocumentsConfig(
+def dataset_config(
+    config: CptConfig, blend: Blend, *, seed: int, loss_after: tuple[tuple[int, ...], ...], cache_dir: Path
+) -> PackedDocumentsConfig:
+    """Megatron-Core's configuration of the blend."""
+    return PackedDocumentsConfig(
         random_seed=seed,
         sequence_length=config.sequence_length,
         blend=(list(blend.prefixes), list(blend.weights) if len(blend.prefixes) > 1 else None),
@@ -205,9 +210,41 @@ def build_rows(
         create_attention_mask=False,
         loss_after=loss_after,
     )
-    sizes = [train_rows, validation_rows, 0]
-    built = BlendedMegatronDatasetBuilder(PackedDocuments, sizes, lambda: True, dataset_config).build()
-    train, validation = built[Split.train.value], built[Split.valid.value]
+
+
+def training_rows(settings: PackedDocumentsConfig, count: int) -> CptRows:
+    """The first `count` rows of the blend's training share, documents shuffled anew in every epoch.
+
+    Rows depend on the seed, the blend and their number only, never on the layout: step k reads the same rows anywhere.
+    Collective: every rank calls it.
+
+    Raises:
+        UserError: the split leaves nothing to train on.
+    """
+    built = BlendedMegatronDatasetBuilder(PackedDocuments, [count, 0, 0], lambda: True, settings).build()
+    train = built[Split.train.value]
     if train is None:
-        raise UserError(f"split {blend.split} leaves nothing to train on")
-    return CptRows(train), CptRows(validation) if validation is not None and validation_rows else None
+        raise UserError(f"split {settings.split} leaves nothing to train on")
+    return CptRows(train)
+
+
+def validation_rows(settings: PackedDocumentsConfig, blend: Blend) -> dict[str, CptRows]:
+    """Every source's held-out documents as rows, each token once; sources whose share fills no row are left out.
+
+    Collective: every rank calls it.
+    """
+    bounds = settings.split_matrix[Split.valid.value]
+    found = {}
+    for name, prefix in zip(blend.names, blend.prefixes, strict=True):
+        documents = PackedDocuments.build_low_level_dataset(prefix, settings)
+        count = PackedDocuments.numel_low_level_dataset(documents)
+        first, last = (round(bound * count) for bound in bounds or (0, 0))
+        if documents.sequence_lengths[first:last].sum() <= settings.sequence_length:
+            continue
+        found[name] = CptRows(
+            BlendedMegatronDatasetBuilder.build_generic_dataset(
+                PackedDocuments, lambda: True, True, documents, prefix,
+                np.arange(first, last, dtype=np.int32), None, Split.valid, settings,
+            )
+        )  # fmt: skip
+    return found

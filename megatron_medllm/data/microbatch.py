@@ -25,6 +25,12 @@ class MicroBatch:
         """Tokens that are predicted."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def attended(self) -> int:
+        """(query, key) pairs that attention computes, masked ones left out."""
+        sizes = ((s.end - s.start, s.prefix_length) for s in self.segments)
+        return sum(size * prefix + size * (size + 1) // 2 for size, prefix in sizes)
+
     def model_inputs(self, device: torch.device, *, backend: str, uniform_grad: float | None = None) -> dict:
         """Keyword arguments for the model's forward: ids and labels [1, t], and the packing."""
         position_ids = torch.from_numpy(self.position_ids).to(device)
@@ -37,6 +43,12 @@ class MicroBatch:
             "labels": torch.from_numpy(self.labels)[None].to(device),
             "packed_seq_params": packed,
         }
+
+
+def blank(length: int) -> MicroBatch:
+    """A stream with nothing to learn, to fill up a batch."""
+    zeros = np.zeros(length, dtype=np.int64)
+    return MicroBatch(zeros, np.full(length, IGNORED, dtype=np.int64), zeros, (Segment(0, length),))
 
 
 def concatenate(parts: list[MicroBatch]) -> MicroBatch:

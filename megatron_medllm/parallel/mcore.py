@@ -1,17 +1,24 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
 import math
+import pickle
+import queue
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -24,6 +31,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
@@ -72,6 +80,8 @@ def build_optimizer(
         ),
         chunks,
     )
+    for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = built.scale_loss
     hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
@@ -148,10 +158,85 @@ def _is_partly_frozen(chunk: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in chunk.parameters())
 
 
-def save_sharded(state: dict[str, Any], directory: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
-    """Write a sharded state into an existing empty directory, each data-parallel rank its part."""
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
-    return dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=asynchronous)
+def stored_bytes(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this process will write; replicas count once over all processes."""
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
+    return sum(entry.data.nbytes for entry in tensors if _is_main_replica(entry.replica_id))
+
+
+def _is_main_replica(replica_id: int | tuple[int, ...]) -> bool:
+    return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
+
+
+class SaveError(Exception):
+    """The tensors of a checkpoint could not be written."""
+
+
+class _ResultsFile:
+    """What the writing process hands back, in an unnamed file: a pipe would block where nobody reads it yet."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the writer)
+
+    def put(self, result: Any) -> None:
+        pickle.dump(result, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        if self.empty():
+            raise queue.Empty
+        self._file.seek(0)
+        result = pickle.load(self._file)
+        self._file.seek(0)
+        self._file.truncate()
+        return result
+
+    def empty(self) -> bool:
+        return self._file.seek(0, 2) == 0
+
+
+class StateWriter:
+    """Writes sharded states, each data-parallel rank its part, in child processes that hold a copy of the tensors."""
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue()
+
+    def start(self, state: dict[str, Any], directory: Path, *, wait: bool) -> None:
+        """Write a state into an existing empty directory; without `wait` until `finished` says so. Collective.
+
+        Raises:
+            SaveError: on every process, if one could not write.
+        """
+        # Upstream starts a manager process for this queue, slowly, and it outlives a trainer that is killed.
+        filesystem_async._results_queue = _ResultsFile()
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
+        with _save_errors():
+            request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=True)
+            if wait:
+                request.execute_sync()
+            else:
+                self._queue.schedule_async_request(request)
+
+    def finished(self, *, block: bool) -> bool:
+        """Whether everything that was started is written on all processes. Collective.
+
+        Raises:
+            SaveError: on every process, if one could not write.
+        """
+        with _save_errors():
+            self._queue.maybe_finalize_async_calls(blocking=block)
+        return self._queue.get_num_unfinalized_calls() == 0
+
+
+@contextmanager
+def _save_errors() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # the causes are known on the process that coordinates
+        causes = [str(cause) for cause, _ in error.failures.values()] or ["another process could not write"]
+        raise SaveError("; ".join(dict.fromkeys(causes))) from error
+    except OSError as error:
+        raise SaveError(str(error)) from error
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Continued pretraining: packed rows, token-mean loss."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import astuple
 from functools import partial
@@ -12,20 +13,21 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig
-from megatron_medllm.data.cpt import build_rows, resolve_blend
-from megatron_medllm.data.microbatch import IGNORED, MicroBatch, concatenate
+from megatron_medllm.data.cpt import CptRows, dataset_config, resolve_blend, training_rows, validation_rows
+from megatron_medllm.data.microbatch import IGNORED, MicroBatch, blank, concatenate
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.storage import digest_value
 
 
 class CptStep:
     """Rows `[k * batch, (k + 1) * batch)` of the blend make up step k, in any layout."""
 
     unit = "rows"
-    metric_names = ("loss", "count", "tokens")
+    metric_names = ("loss", "count", "tokens", "attended")
 
     def __init__(self, run: RunConfig, config: CptConfig, runtime: Runtime, *, output_dir: Path) -> None:
         self._config, self._runtime, self._backend = config, runtime, run.model.backend
@@ -36,11 +38,12 @@ class CptStep:
             raise UserError(
                 f"cpt.data was tokenized with {blend.vocab_size} ids, but the model's vocabulary has {vocab_size}"
             )
-        per_round = config.micro_batch_size * runtime.dp_size
+        self._round = per_round = config.micro_batch_size * runtime.dp_size * _multiple_of_micro_batches(runtime)
         if config.global_batch_size % per_round:
             raise UserError(
                 f"global_batch_size={config.global_batch_size} is not a multiple of "
                 f"micro_batch_size x dp = {config.micro_batch_size} x {runtime.dp_size}"
+                + (f" x pp = {runtime.layout.pp} (interleaved stages)" if runtime.layout.vpp > 1 else "")
             )
         if config.sequence_length % (runtime.layout.tp if runtime.layout.sp else 1):
             raise UserError(f"sequence_length={config.sequence_length} is not a multiple of tp={runtime.layout.tp}")
@@ -52,15 +55,15 @@ class CptStep:
         for size in self._batch_sizes:
             self._starts.append(self._starts[-1] + size)
         self.total_steps = len(self._batch_sizes)
-        self._rows, self._validation = build_rows(
-            config,
-            blend,
-            seed=run.seed,
-            train_rows=self._starts[-1],
-            validation_rows=config.validation_batches * config.global_batch_size,
-            loss_after=_marker_ids(config.loss_after, run),
-            cache_dir=output_dir / "index-cache",
+        loss_after = _marker_ids(config.loss_after, run)
+        settings = dataset_config(
+            config, blend, seed=run.seed, loss_after=loss_after, cache_dir=output_dir / "index-cache"
         )
+        self._rows = training_rows(settings, self._starts[-1])
+        self._validation = validation_rows(settings, blend)
+        sources = list(zip(blend.names, blend.weights, strict=True))
+        # What decides which rows a step reads: a run that differs in it must not go on from this one's checkpoints.
+        self.rows_digest = digest_value([run.seed, config.sequence_length, sources, blend.tokens, self._batch_sizes])
 
     @property
     def stream_length(self) -> int:
@@ -69,10 +72,14 @@ class CptStep:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         return self._assemble(self._rows, self._starts[step], self._batch_sizes[step])
 
-    def _assemble(self, rows: Any, first: int, count: int) -> list[MicroBatch]:
+    def _assemble(self, rows: CptRows, first: int, count: int) -> list[MicroBatch]:
+        """This replica's micro-batches of rows [first, first + count), blank rows behind the last."""
         size, replica, replicas = self._config.micro_batch_size, self._runtime.dp_rank, self._runtime.dp_size
         starts = range(first + replica * size, first + count, size * replicas)
-        return [concatenate([rows[i] for i in range(start, start + size)]) for start in starts]
+        filler = blank(self._config.sequence_length)
+        return [
+            concatenate([rows[i] if i < len(rows) else filler for i in range(start, start + size)]) for start in starts
+        ]
 
     def forward(self, iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(iterator)
@@ -81,11 +88,13 @@ class CptStep:
         inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend, uniform_grad=uniform_grad)
         return chunk(**inputs), partial(self._loss, micro_batch, inputs["labels"][0] != IGNORED)
 
-    def _loss(self, micro_batch: MicroBatch, counted: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _loss(
+        self, micro_batch: MicroBatch, counted: Tensor, output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, dict]:
         loss = cpt_loss(output[0], output[1], counted, z_loss=self._config.z_loss)
         count = counted.sum()
-        tokens = torch.tensor(len(micro_batch.tokens))
-        return loss, count.int(), {"loss": loss.detach(), "count": count, "tokens": tokens}
+        work = {"tokens": torch.tensor(len(micro_batch.tokens)), "attended": torch.tensor(micro_batch.attended)}
+        return loss, count.int(), {"loss": loss.detach(), "count": count, **work}
 
     def consumed(self, step: int) -> list[Any]:
         start = self._starts[step]
@@ -97,24 +106,40 @@ class CptStep:
             "loss": sums["loss"] / max(sums["count"], 1),
             "counted_tokens": sums["count"],
             "tokens": sums["tokens"],
+            "attended": sums["attended"],
         }
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """The language-model loss has no signs of its own; the loop watches for NaN and spikes."""
 
     def validate(self, chunks: list[nn.Module]) -> dict[str, float]:
-        if self._validation is None:
-            return {}
-        batch = self._config.micro_batch_size * self._runtime.dp_size
-        count = min(len(self._validation) // batch, self._config.validation_batches) * batch
-        if count == 0:
-            return {}
-        micro_batches = self._assemble(self._validation, 0, count)
-        parts = mcore.run_micro_batches(
-            self.forward, chunks, micro_batches, stream_length=self.stream_length, forward_only=True
-        )
-        loss = self.summarize(sum_metrics(parts, self.metric_names, self._runtime))["loss"]
-        return {"validation_loss": loss}
+        """Loss and perplexity over all held-out rows and over each source's, at most `validation_batches` of each."""
+        metrics: dict[str, float] = {}
+        loss = count = 0.0
+        for name, rows in self._validation.items():
+            used = min(len(rows), self._config.validation_batches * self._config.global_batch_size)
+            filled = -(-used // self._round) * self._round
+            parts = mcore.run_micro_batches(
+                self.forward,
+                chunks,
+                self._assemble(rows.first(used), 0, filled),
+                stream_length=self.stream_length,
+                forward_only=True,
+            )
+            sums = sum_metrics(parts, self.metric_names, self._runtime)
+            metrics |= _named(f"_{name}", sums["loss"], sums["count"])
+            loss, count = loss + sums["loss"], count + sums["count"]
+        return _named("", loss, count) | metrics if count else {}
+
+
+def _named(suffix: str, loss: float, count: float) -> dict[str, float]:
+    mean = loss / max(count, 1)
+    return {f"validation_loss{suffix}": mean, f"validation_perplexity{suffix}": math.exp(min(mean, 700.0))}
+
+
+def _multiple_of_micro_batches(runtime: Runtime) -> int:
+    """What the number of micro-batches must be a multiple of: interleaved stages pass them on in groups of pp."""
+    return runtime.layout.pp if runtime.layout.vpp > 1 else 1
 
 
 def _batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:

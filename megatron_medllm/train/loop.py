@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import time
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.data.ledger import Ledger
+from megatron_medllm.errors import UserError
 from megatron_medllm.models.qwen25 import DTYPES
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.reduce import sum_metrics
@@ -21,7 +21,7 @@ from megatron_medllm.storage import write_json
 from megatron_medllm.train.guard import LossGuard
 from megatron_medllm.train.metrics import MetricsLog
 from megatron_medllm.train.schedule import learning_rate
-from megatron_medllm.train.setup import Trainer, build_trainer
+from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
 
@@ -37,6 +37,7 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
     Raises:
         UserError: the configuration and the inputs do not fit, or the run went wrong beyond repair.
     """
+    check_inputs(run)
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
         trainer = build_trainer(run, ranks)
@@ -81,23 +82,41 @@ def _fit(trainer: Trainer, first: int) -> bool:
             books.record(step, metrics, clock, problem)
             step += 1
             bar.update(step, f"loss {metrics['loss']:.4f}")
-            if guard.note(metrics["loss"], skipped=problem is not None):
-                step = _resume(trainer)
+            if guard.note(step - 1, metrics["loss"], skipped=problem is not None):
+                step = _roll_back(trainer)
                 books.cut(step)
                 continue
             reason = stop.reason(ranks)
-            if reason or step == step_object.total_steps or _due(step, config.checkpoint.every_steps):
-                started = time.monotonic()
-                trainer.checkpoints.save(step, trainer.chunks, trainer.optimizer, trainer.identity)
-                stop.note_save(time.monotonic() - started)
+            last = reason is not None or step == step_object.total_steps
+            if last or _due(step, config.checkpoint.every_steps):
+                _save(trainer, step, last=last)
+            trainer.checkpoints.poll()
+            if trainer.checkpoints.save_s is not None:
+                stop.note_save(trainer.checkpoints.save_s)
             if _due(step, config.validate_every_steps) or step == step_object.total_steps:
-                books.record_validation(step, step_object.validate(trainer.chunks))
+                books.record_validation(step, _validate(trainer))
             if reason and step < step_object.total_steps:
                 log.warning("stopping after step %d of %d: %s", step, step_object.total_steps, reason)
                 books.close()
                 return False
     books.close()
     return True
+
+
+def _validate(trainer: Trainer) -> dict[str, float]:
+    for chunk in trainer.chunks:
+        chunk.eval()
+    try:
+        return trainer.step.validate(trainer.chunks)
+    finally:
+        for chunk in trainer.chunks:
+            chunk.train()
+
+
+def _save(trainer: Trainer, step: int, *, last: bool) -> None:
+    """Save; the last save of a run must succeed, any other is tried again at the next."""
+    if not trainer.checkpoints.save(step, trainer.chunks, trainer.optimizer, wait=last) and last:
+        raise UserError(f"the state after step {step} could not be saved; earlier checkpoints are as they were")
 
 
 def _due(step: int, every: int) -> bool:
@@ -121,7 +140,7 @@ def _train_step(trainer: Trainer, step: int, guard: LossGuard, clock: StepClock)
             step_object.forward, trainer.chunks, micro_batches, stream_length=step_object.stream_length
         )
     metrics = step_object.summarize(sum_metrics(parts, step_object.metric_names, trainer.runtime))
-    problem = guard.problem(metrics["loss"])
+    problem = guard.problem(step, metrics["loss"])
     metrics["grad_norm"] = math.nan
     if problem is None:
         with clock.part("optimizer"):
@@ -140,7 +159,15 @@ def _resume(trainer: Trainer) -> int:
     if newest is None:
         return 0
     log.info("resuming from %s", newest)
-    return trainer.checkpoints.load(newest, trainer.chunks, trainer.optimizer, trainer.identity)
+    return trainer.checkpoints.load(newest, trainer.chunks, trainer.optimizer)
+
+
+def _roll_back(trainer: Trainer) -> int:
+    newest = trainer.checkpoints.newest_verified()
+    if newest is None:
+        raise UserError("several steps in a row had to be skipped, and there is no checkpoint to go back to")
+    log.warning("rolling back to %s", newest)
+    return trainer.checkpoints.load(newest, trainer.chunks, trainer.optimizer)
 
 
 class _Books:
@@ -171,7 +198,8 @@ class _Books:
             log.warning("step %d skipped: %s", done, problem)
         if done % self._trainer.config.log_every_steps == 0 or problem:
             numbers = metrics | self._throughput.of(metrics, clock) | {"skipped": float(problem is not None)}
-            self._log.write(done, numbers)
+            saved = self._trainer.checkpoints.save_s
+            self._log.write(done, numbers if saved is None else numbers | {"save_s": saved})
 
     def record_validation(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is not None and metrics:

@@ -1,15 +1,23 @@
 """Training state on disk: written under a partial name, sealed with digests, renamed when whole.
 
-A checkpoint `step-00000042/` holds Megatron-Core's distributed checkpoint, `state.json` (step, identity of the run)
-and `digests.json` (SHA-256 of every file). Only directories with a matching `digests.json` are ever resumed from.
+A checkpoint `step-00000042/` holds Megatron-Core's distributed checkpoint, what `medllm export` needs (model.json,
+hf/), `state.json` (step, identity of the run) and `digests.json` (SHA-256 of every file). Only directories with a
+matching `digests.json` are ever resumed from.
+
+With `async_save` the tensors are written by child processes and sealed by a thread while training goes on. A save that
+fails, on a full disk mostly, is reported and leaves nothing behind; training goes on and tries again at the next one.
 """
 
 import logging
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -18,44 +26,153 @@ from megatron_medllm.config.train import CheckpointConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
-from megatron_medllm.storage import digest_file, full_disk_error, read_json, write_json
+from megatron_medllm.storage import digest_file, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _STATE, _DIGESTS = "state.json", "digests.json"
+_SPARE = 1.02  # what files take beyond their tensors
+
+
+@dataclass
+class _Save:
+    """A checkpoint on its way to the disk."""
+
+    step: int
+    partial: Path
+    final: Path
+    started: float  # time.monotonic()
+    sealing: "Future[str | None] | None" = None
 
 
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, runtime: Runtime) -> None:
-        self.directory, self._config, self._runtime = directory, config, runtime
-
-    def save(self, step: int, chunks: list[nn.Module], optimizer: MegatronOptimizer, identity: dict[str, Any]) -> Path:
-        """Write the state after `step` steps. Collective.
-
-        Raises:
-            UserError: the disk is full; nothing is left under a final name.
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        runtime: Runtime,
+        *,
+        identity: dict[str, Any],
+        describe: Callable[[Path], None],
+    ) -> None:
+        """Args:
+        directory: of all the run's checkpoints.
+        config: which are kept, and whether they are written in the background.
+        runtime: where this process stands.
+        identity: what a checkpoint must agree in with the run that resumes from it.
+        describe: writes what export needs into a checkpoint; called on the main process.
         """
-        final = self.directory / f"step-{step:08d}"
-        partial = self.directory / f".partial-step-{step:08d}"
+        self.directory, self._config, self._runtime = directory, config, runtime
+        self._identity, self._describe = identity, describe
+        self._writers = mcore.StateWriter()
+        self._sealer = ThreadPoolExecutor(max_workers=1)
+        self._pending: _Save | None = None
+        self.save_s: float | None = None  # seconds that the last whole checkpoint took, on the main process
+
+    def save(self, step: int, chunks: list[nn.Module], optimizer: MegatronOptimizer, *, wait: bool) -> bool:
+        """Write the state after `step` steps, once a save still under way is whole. Collective.
+
+        Args:
+            wait: return only when it is whole, even with `async_save`.
+
+        Returns:
+            False when it could not be written, which has been reported.
+        """
+        self.finish()
+        name = f"step-{step:08d}"
+        save = _Save(step, self.directory / f".partial-{name}", self.directory / name, time.monotonic())
+        state = mcore.sharded_state(chunks, optimizer, is_loading=False)
+        problem = self._make_room(save, mcore.stored_bytes(state))
+        if problem is None:
+            try:
+                self._writers.start(state, save.partial, wait=wait or not self._config.async_save)
+                self._pending = save
+            except mcore.SaveError as error:
+                problem = str(error)
+        if problem is not None:
+            self._give_up(save, problem)
+            return False
+        self.poll()
+        return self.finish() if wait or not self._config.async_save else True
+
+    def _make_room(self, save: _Save, local_bytes: int) -> str | None:
+        """Make the partial directory if the disk has room for it; why not, on every process. Collective."""
+        needed = torch.tensor([local_bytes], dtype=torch.int64, device=self._runtime.device)
+        dist.all_reduce(needed)
+        answer: list[str | None] = [None]
         if self._runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for left_over in self.directory.glob(".partial-step-*"):
+                    shutil.rmtree(left_over)
+                free = shutil.disk_usage(self.directory).free
+                if free < _SPARE * needed.item():
+                    answer = [f"it takes {needed.item() / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"]
+                else:
+                    save.partial.mkdir()
+            except OSError as error:
+                answer = [str(error)]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
+
+    def poll(self) -> None:
+        """Begin to seal a checkpoint whose tensors have all been written; call it every step. Collective."""
+        self._advance(block=False)
+
+    def _advance(self, *, block: bool) -> None:
+        save = self._pending
+        if save is None or save.sealing is not None:
+            return
         try:
-            mcore.save_sharded(mcore.sharded_state(chunks, optimizer, is_loading=False), partial)
-        except OSError as error:
-            raise full_disk_error(error, partial) from error
-        dist.barrier()
+            written = self._writers.finished(block=block)
+        except mcore.SaveError as error:
+            self._pending = None
+            self._give_up(save, str(error))
+            return
+        if written:
+            save.sealing = self._sealer.submit(self._seal_on_main, save)
+
+    def finish(self) -> bool:
+        """Wait until a save under way is whole. Collective.
+
+        Returns:
+            False when it failed, which has been reported.
+        """
+        if self._pending is None:
+            return True
+        self._advance(block=True)
+        save = self._pending
+        if save is None or save.sealing is None:
+            return False
+        answer = [save.sealing.result()]
+        dist.broadcast_object_list(answer, src=0)
+        self._pending = None
+        if answer[0] is not None:
+            self._give_up(save, answer[0])
+        return answer[0] is None
+
+    def _give_up(self, save: _Save, problem: str) -> None:
         if self._runtime.is_main:
-            write_json(partial / _STATE, {"step": step, **identity})
-            write_json(partial / _DIGESTS, _digests(partial))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            shutil.rmtree(save.partial, ignore_errors=True)
+            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s", save.step, problem)
+
+    def _seal_on_main(self, save: _Save) -> str | None:
+        """Make written tensors a checkpoint; what went wrong, if anything. Local: it may run beside training."""
+        if not self._runtime.is_main:
+            return None
+        try:
+            self._describe(save.partial)
+            write_json(save.partial / _STATE, {"step": save.step, **self._identity})
+            write_json(save.partial / _DIGESTS, _digests(save.partial))
+            shutil.rmtree(save.final, ignore_errors=True)
+            save.partial.rename(save.final)
             self._prune()
-        dist.barrier()
-        return final
+        except (OSError, UserError) as error:
+            return str(error)
+        self.save_s = time.monotonic() - save.started
+        return None
 
     def _prune(self) -> None:
         steps = sorted(self._steps())
@@ -69,29 +186,31 @@ class Checkpoints:
 
     def newest_verified(self) -> Path | None:
         """The newest checkpoint whose files match their digests; says which it passed over. Collective."""
-        answer: list[Path | None] = [None]
-        if self._runtime.is_main:
-            for step in sorted(self._steps(), reverse=True):
-                path = self.directory / f"step-{step:08d}"
-                problem = verify(path)
-                if problem is None:
-                    answer = [path]
-                    break
+        self.finish()
+        steps = [sorted(self._steps(), reverse=True)]
+        dist.broadcast_object_list(steps, src=0)
+        for step in steps[0]:
+            path = self.directory / f"step-{step:08d}"
+            problems: list[str | None] = [None] * self._runtime.world_size
+            dist.all_gather_object(problems, verify(path, part=self._runtime.rank, parts=self._runtime.world_size))
+            problem = next((text for text in problems if text is not None), None)
+            if problem is None:
+                return path
+            if self._runtime.is_main:
                 log.warning("passing over %s: %s", path, problem)
-        dist.broadcast_object_list(answer, src=0)
-        return answer[0]
+        return None
 
-    def load(self, path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer, identity: dict[str, Any]) -> int:
+    def load(self, path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> int:
         """Restore model and optimizer. Collective.
 
         Returns:
             steps done.
 
         Raises:
-            UserError: the checkpoint belongs to another model or another stage.
+            UserError: the checkpoint belongs to another model, other data or another stage.
         """
         state = read_json(path / _STATE)
-        for name, value in identity.items():
+        for name, value in self._identity.items():
             if state.get(name) != value:
                 raise UserError(f"{path}: checkpoint of another run: {name} is {state.get(name)!r}, here {value!r}")
         loaded = mcore.load_sharded(mcore.sharded_state(chunks, optimizer, is_loading=True), path)
@@ -99,20 +218,28 @@ class Checkpoints:
         return int(state["step"])
 
 
+def _files(directory: Path) -> list[str]:
+    found = (p for p in directory.rglob("*") if p.is_file() and p.name != _DIGESTS)
+    return sorted(str(p.relative_to(directory)) for p in found)
+
+
 def _digests(directory: Path) -> dict[str, str]:
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _DIGESTS)
+    names = _files(directory)
     with ThreadPoolExecutor() as pool:
-        return dict(zip([str(p.relative_to(directory)) for p in files], pool.map(digest_file, files), strict=True))
+        return dict(zip(names, pool.map(lambda name: digest_file(directory / name), names), strict=True))
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None when all match their digests."""
+def verify(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, or with every `parts`-th of them; None when all match their digests."""
     if not (path / _DIGESTS).is_file():
         return f"{_DIGESTS} is missing"
-    expected, found = read_json(path / _DIGESTS), _digests(path)
-    for name, digest in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} does not match its digest"
+    expected = read_json(path / _DIGESTS)
+    names = sorted(expected)[part::parts]
+    missing = next((name for name in names if not (path / name).is_file()), None)
+    if missing is not None:
+        return f"{missing} is missing"
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(names, pool.map(lambda name: digest_file(path / name), names), strict=True):
+            if digest != expected[name]:
+                return f"{name} does not match its digest"
     return None

@@ -9,6 +9,10 @@ import torch
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.planner.flops import model_flops_per_token, packed_flops
+from megatron_medllm.planner.from_config import workload_of
+from megatron_medllm.planner.hardware import load_hardware
+from megatron_medllm.planner.workload import Workload
 
 
 class StepClock:
@@ -32,21 +36,42 @@ class StepClock:
         return time.monotonic() - self._started
 
 
+# what torch calls a device -> the planner's description of it
+_DEVICES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80g"))
+
+
 class Throughput:
-    """Turns tokens and seconds into rates."""
+    """Turns tokens and seconds into rates.
+
+    FLOPs by two conventions: `packed` counts the (query, key) pairs that documents really attend to; `megatron` counts
+    full squares over the sequence, masked halves included, as Megatron's logs do. MFU is the rate over the peak of the
+    layers' precision, where the device is a known one.
+    """
 
     def __init__(self, run: RunConfig, runtime: Runtime) -> None:
         self._world_size, self._device = runtime.world_size, runtime.device
+        self._workload = workload_of(run)
+        self._peak_flops = _peak_flops(self._workload, runtime.device)
 
     def of(self, metrics: dict[str, float], clock: StepClock) -> dict[str, float]:
-        """tokens_per_s, tokens_per_s_per_gpu, step_time_s, its parts, and peak memory of the main process."""
+        """Rates per second and per GPU, step_time_s and its parts, and peak memory of the main process."""
         seconds = clock.seconds()
-        rate = metrics["tokens"] / seconds
+        tokens = metrics["tokens"]
+        flops = {"megatron": model_flops_per_token(self._workload, causal=False) * tokens}
+        if "attended" in metrics:
+            flops["packed"] = packed_flops(self._workload, tokens=int(tokens), attended=int(metrics["attended"]))
+        flops_per_s = {name: total / seconds / self._world_size for name, total in flops.items()}
         return {
-            "tokens_per_s": rate,
-            "tokens_per_s_per_gpu": rate / self._world_size,
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_s_per_gpu": tokens / seconds / self._world_size,
             "step_time_s": seconds,
             **{f"{name}_s": value for name, value in clock.parts.items()},
+            **{f"tflops_per_s_per_gpu_{name}": rate / 1e12 for name, rate in flops_per_s.items()},
+            **(
+                {f"mfu_{name}": rate / self._peak_flops for name, rate in flops_per_s.items()}
+                if self._peak_flops
+                else {}
+            ),
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
 
@@ -54,3 +79,14 @@ class Throughput:
         if self._device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self._device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _peak_flops(workload: Workload, device: torch.device) -> float | None:
+    """FLOP/s that MFU is measured against; None on a device that the planner does not know."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((hardware for part, hardware in _DEVICES if part in name), None)
+    if known is None:
+        return None
+    hardware = load_hardware(known)
+    fp8 = workload.precision == "fp8" or workload.mode == "fp8-lora"
+    return hardware.peak_fp8_flops if fp8 and hardware.peak_fp8_flops else hardware.peak_bf16_flops

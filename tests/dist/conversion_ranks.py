@@ -69,7 +69,7 @@ def check_layout(layout: LayoutConfig, work: Path, name: str) -> None:
     if here.is_main:
         saved.mkdir()
     dist.barrier()
-    mcore.save_sharded(mcore.sharded_state(chunks, None, is_loading=False), saved)
+    mcore.StateWriter().start(mcore.sharded_state(chunks, None, is_loading=False), saved, wait=True)
     dist.barrier()
     if here.is_main:
         export_checkpoint(saved, work / "from_saved", source_dir=hf_dir)

@@ -24,17 +24,21 @@ def test_schedules_by_hand():
 
 def test_guard_skips_rolls_back_and_stops():
     guard = LossGuard(GuardConfig(loss_spike_factor=2.0, window=3, roll_back_after=2, stop_after=4))
-    assert guard.problem(math.nan) == "the loss is nan"
+    assert guard.problem(0, math.nan) == "the loss is nan"
     for loss in (1.0, 1.2, 1.1):
-        assert guard.problem(9.0) is None  # the window is not full yet
-        assert guard.note(loss, skipped=False) is False
-    assert guard.problem(2.1) is None
-    assert guard.problem(2.3) == "the loss is 2.3, 2x beyond the median 1.1"
-    assert guard.note(9.0, skipped=True) is False
-    assert guard.note(9.0, skipped=True) is True
-    assert guard.note(9.0, skipped=True) is False
+        assert guard.problem(1, 9.0) is None  # the window is not full yet
+        assert guard.note(1, loss, skipped=False) is False
+    assert guard.problem(2, 2.1) is None
+    assert guard.problem(2, 2.3) == "the loss is 2.3, 2x beyond the median 1.1"
+    assert guard.note(2, 9.0, skipped=True) is False
+    assert guard.note(3, 9.0, skipped=True) is True
+    # After the roll-back the same data are left out, at no further cost.
+    assert guard.problem(2, 1.0) == "left out since the roll-back"
+    assert guard.note(2, 1.0, skipped=True) is False
+    assert guard.problem(4, 1.0) is None
+    assert guard.note(4, 9.0, skipped=True) is False
     with pytest.raises(UserError, match="4 steps had to be skipped"):
-        guard.note(9.0, skipped=True)
+        guard.note(5, 9.0, skipped=True)
 
 
 def test_batch_ramp_grows_in_whole_rounds_and_uses_the_rows_once():
