@@ -236,7 +236,8 @@ def add_adapters(
         chunk.to(target_device)
         for name, parameter in global_parameters(chunk):
             if name.endswith("lora_a"):
-                _draw_a(parameter, name, seed=seed, tp_rank=tp_rank, tp_size=tp_size)
+                drawn = chunk.shape.ffn_hidden_size if "linear_fc2" in name else None
+                _draw_a(parameter, name, drawn=drawn, seed=seed, tp_rank=tp_rank, tp_size=tp_size)
 
 
 def _refuse_foreign(linear: nn.Module) -> None:
@@ -247,14 +248,16 @@ def _refuse_foreign(linear: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _draw_a(parameter: nn.Parameter, name: str, *, seed: int, tp_rank: int, tp_size: int) -> None:
+def _draw_a(parameter: nn.Parameter, name: str, *, drawn: int | None, seed: int, tp_rank: int, tp_size: int) -> None:
+    """Fill this rank's slice of A; what pads the FFN beyond its first `drawn` columns is zero in every layout."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     rank, inputs = parameter.shape
     is_split = LINEARS[name.split(".")[-2]][1] == "row"
     whole = inputs * tp_size if is_split else inputs
-    bound = 1 / math.sqrt(whole)
-    values = torch.empty(rank, whole).uniform_(-bound, bound, generator=generator)
+    drawn = drawn or whole
+    bound = 1 / math.sqrt(drawn)
+    values = F.pad(torch.empty(rank, drawn).uniform_(-bound, bound, generator=generator), (0, whole - drawn))
     parameter.copy_(values.chunk(tp_size, dim=1)[tp_rank] if is_split else values)
 
 

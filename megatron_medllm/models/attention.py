@@ -3,9 +3,9 @@
 t: tokens of the stream, np: heads on this rank, ng: KV heads on this rank, hn: width of a head.
 
 On CUDA, variable-length flash attention: a response's keys are its prompt's and its own, and the causal mask is
-aligned to the last key. On a CPU, segments of similar length become right-padded batches for torch's SDPA: a causal
-mask alone hides the padding from every real query. A response's batch row then holds its prompt's queries again,
-whose outputs are thrown away: attention is not shared, all the matrix products around it are.
+aligned to the last key. On a CPU, and in fp32, segments of similar length become right-padded batches for torch's
+SDPA: a causal mask alone hides the padding from every real query. A response's batch row then holds its prompt's
+queries again, whose outputs are thrown away: attention is not shared, all the matrix products around it are.
 """
 
 import math
@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 from megatron_medllm.parallel.packed import PackedSequences
+
+# 2.11 takes fewer KV heads as they are; from 2.12 on that has to be asked for.
+_GROUPED = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
 
 
 class PackedAttention(nn.Module):
@@ -42,7 +46,8 @@ class PackedAttention(nn.Module):
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs PackedSequences")
-        attend = _flash_varlen if query.is_cuda else _padded_sdpa
+        flash = query.is_cuda and query.dtype is not torch.float32
+        attend = _flash_varlen if flash else _padded_sdpa
         out = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params, self.scale)
         return out.reshape(query.shape[0], 1, -1)
 
@@ -75,5 +80,5 @@ def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeque
         plan.max_kv,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **_GROUPED,
     )

@@ -8,6 +8,7 @@ from a fused head instead of logits, which are never made.
 """
 
 import hashlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -31,28 +32,56 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.layout import LayoutConfig, padded_vocab_size
 from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.train import Fp8Recipe
+from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.models.attention import PackedAttention
+from megatron_medllm.models.fp8_linears import BLOCK, FP8ColumnParallelLinear, FP8RowParallelLinear
 from megatron_medllm.parallel.packed import PackedSequences
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(shape: ModelShape, layout: LayoutConfig, model: ModelConfig) -> TransformerConfig:
-    """The one place that builds Megatron-Core's configuration.
+def padded_ffn_size(shape: ModelShape, layout: LayoutConfig, model: ModelConfig, *, fp8_weights: bool) -> int:
+    """The FFN's width as built: zeros fill it up so that every rank's slice is whole FP8 blocks (72B: 29568 -> 29696).
+
+    The zeros stay: silu(0) * 0 = 0, so neither the padded rows of gate and up nor the padded columns behind them ever
+    get a gradient. Weights are read without them and exported without them.
 
     Raises:
-        UserError: the layout does not divide the model.
+        UserError: `model.ffn_multiple` leads to a width that `layout.tp` does not divide.
+    """
+    multiple = model.ffn_multiple or (BLOCK * layout.tp if fp8_weights else 1)
+    size = -(-shape.ffn_hidden_size // multiple) * multiple
+    if size % layout.tp:
+        raise UserError(f"model.ffn_multiple={multiple}: layout.tp={layout.tp} does not divide the padded FFN, {size}")
+    return size
+
+
+def transformer_config(
+    shape: ModelShape,
+    layout: LayoutConfig,
+    model: ModelConfig,
+    *,
+    fp8: Fp8Recipe | None = None,
+    fp8_weights: bool = False,
+) -> TransformerConfig:
+    """The one place that builds Megatron-Core's configuration. Arguments as in `build_model`.
+
+    Raises:
+        UserError: the layout does not divide the model, the backend does not know the FP8 recipe, or it is not there.
     """
     layout.check_model(shape)
     dtype = DTYPES[model.dtype]
     te = model.backend == "te"
+    if te and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError("model.backend=te: Transformer Engine is not installed; model.backend=torch does without it")
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        ffn_hidden_size=padded_ffn_size(shape, layout, model, fp8_weights=fp8_weights or fp8 is not None),
         kv_channels=shape.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=shape.layernorm_epsilon,
@@ -79,7 +108,7 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig, model: ModelConf
         # Interleaved stages with the default pair of these two corrupt the loss without an error.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        # Interleaved stages overlap their sends; freeing an output that is still being sent corrupts gradients silently.
+        # Interleaved stages overlap their sends; freeing an output still being sent corrupts gradients silently.
         deallocate_pipeline_outputs=layout.vpp == 1,
         calculate_per_token_loss=True,
         bias_activation_fusion=te,
@@ -89,7 +118,20 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig, model: ModelConf
         persist_layer_norm=te,
         gradient_accumulation_fusion=False,
         **_recompute(layout),
+        **_te_fp8(model, fp8),
     )
+
+
+def _te_fp8(model: ModelConfig, fp8: Fp8Recipe | None) -> dict[str, Any]:
+    """Transformer Engine's settings. The torch backend needs none: its spec holds FP8 linears."""
+    if fp8 is None:
+        return {}
+    if model.backend == "torch":
+        if fp8 != "blockwise":
+            raise UserError(f"fp8_recipe={fp8} needs model.backend=te; the torch backend's FP8 is blockwise")
+        return {}
+    # With a scale a block, e4m3's range is enough for gradients too; the others need e5m2's ("hybrid").
+    return {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
 
 
 def _recompute(layout: LayoutConfig) -> dict[str, Any]:
@@ -117,8 +159,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def torch_layer_spec() -> ModuleSpec:
-    """A transformer layer of Megatron-Core's own linears, torch's norm and our packed attention."""
+def torch_layer_spec(*, fp8: bool = False) -> ModuleSpec:
+    """A transformer layer of Megatron-Core's own linears (or their FP8 form), torch's norm and our packed attention."""
+    column = FP8ColumnParallelLinear if fp8 else tensor_parallel.ColumnParallelLinear
+    row = FP8RowParallelLinear if fp8 else tensor_parallel.RowParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -127,21 +171,16 @@ def torch_layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=tensor_parallel.ColumnParallelLinear,
+                    linear_qkv=column,
                     core_attention=PackedAttention,
-                    linear_proj=tensor_parallel.RowParallelLinear,
+                    linear_proj=row,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
-                ),
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             # Both backends write Transformer Engine's checkpoint keys, so that either loads the other's.
             sharded_state_dict_keys_map={
@@ -152,7 +191,9 @@ def torch_layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, backend: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, backend: str, vp_stage: int | None, *, fp8: bool = False
+) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage (and virtual stage) builds, and the final norm."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if backend == "te":
@@ -160,17 +201,19 @@ def block_spec(config: TransformerConfig, backend: str, vp_stage: int | None) ->
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return TransformerBlockSubmodules([get_gpt_layer_with_transformer_engine_spec()] * count, TENorm)
-    return TransformerBlockSubmodules([torch_layer_spec()] * count, RMSNorm)
+    return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8)] * count, RMSNorm)
 
 
 class Qwen25Model(GPTModel):
     """One pipeline stage of Qwen2.5 over packed sequences."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, *, backend: str, vp_stage: int | None) -> None:
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, *, backend: str, vp_stage: int | None, fp8: bool = False
+    ) -> None:
         tp_size = config.tensor_model_parallel_size
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, backend, vp_stage),
+            transformer_layer_spec=block_spec(config, backend, vp_stage, fp8=fp8),
             vocab_size=padded_vocab_size(shape.vocab_size, 128 * tp_size),
             max_sequence_length=shape.max_position_embeddings,
             position_embedding_type="rope",
@@ -213,15 +256,15 @@ class Qwen25Model(GPTModel):
         *args: Any,
         packed_seq_params: PackedSequences | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Hidden states of an inner stage; `[2, t]` log-probs and log-sum-exps with labels; logits without."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states of an inner stage; log-probs [t] and log-sum-exps [t] with labels; logits without."""
         if self.post_process and labels is not None and packed_seq_params is not None:
             return self._token_logprobs(hidden_states, labels, packed_seq_params.uniform_grad)
         return super()._postprocess(
             hidden_states, input_ids, position_ids, labels, *args, packed_seq_params=packed_seq_params, **kwargs
         )
 
-    def _token_logprobs(self, hidden: Tensor, labels: Tensor, uniform_grad: float | None) -> Tensor:
+    def _token_logprobs(self, hidden: Tensor, labels: Tensor, uniform_grad: float | None) -> tuple[Tensor, Tensor]:
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
@@ -229,7 +272,7 @@ class Qwen25Model(GPTModel):
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        logprobs, lse = fused_linear_logprob(
+        return fused_linear_logprob(
             hidden[:, 0],
             weight,
             labels[0],
@@ -238,17 +281,36 @@ class Qwen25Model(GPTModel):
             valid_vocab=self.shape.vocab_size,
             uniform_grad=uniform_grad,
         )
-        return torch.stack((logprobs, lse))
 
 
-def build_model(model: ModelConfig, layout: LayoutConfig, *, device: torch.device) -> list[nn.Module]:
-    """This rank's model chunks: one, or `layout.vpp` of them. bf16 chunks are wrapped in Float16Module."""
+def build_model(
+    model: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    device: torch.device,
+    fp8: Fp8Recipe | None = None,
+    fp8_weights: bool = False,
+) -> list[nn.Module]:
+    """This rank's model chunks: one, or `layout.vpp` of them. bf16 chunks are wrapped in Float16Module.
+
+    Args:
+        model: what is built.
+        layout: how it is spread.
+        device: where it is put.
+        fp8: recipe of the layers' products in full training (forward, d input and d weight); None: none in FP8.
+        fp8_weights: pad the FFN for weights that will be held in FP8 (under an adapter); `fp8` implies it.
+
+    Raises:
+        UserError: the layout does not divide the model, the backend does not know the FP8 recipe, or on some rank a
+            linear is not whole FP8 blocks.
+    """
     shape = model.resolve_shape()
-    config = transformer_config(shape, layout, model)
+    config = transformer_config(shape, layout, model, fp8=fp8, fp8_weights=fp8_weights)
     config.use_cpu_initialization = device.type == "cpu"
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks: list[nn.Module] = [
-        Qwen25Model(config, shape, backend=model.backend, vp_stage=stage).to(device) for stage in stages
+        Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
+        for stage in stages
     ]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
@@ -275,7 +337,7 @@ def initialize_weights(chunks: list[nn.Module], *, seed: int, tp_rank: int, tp_s
     """Fill with random weights that depend on the seed and the parameter's global name only, not on the layout.
 
     Normal with the configured standard deviation; the two projections into the residual stream are scaled by
-    1/sqrt(2*layers), as Megatron does (GPT-2, section 2.3). Norm weights are 1, biases 0, padded vocabulary rows 0.
+    1/sqrt(2*layers), as Megatron does (GPT-2, section 2.3). Norm weights are 1, biases 0, padding is 0.
     """
     for chunk in map(unwrap, chunks):
         for name, parameter in global_parameters(chunk):
@@ -298,12 +360,16 @@ def _random_slice(chunk: Qwen25Model, name: str, parameter: Tensor, *, seed: int
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     draw = partial(torch.randn, generator=generator)
     rows, columns = parameter.shape
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):  # row-parallel: split over columns
+    # Padding depends on the layout, so it is not drawn.
+    ffn_padding = config.ffn_hidden_size - shape.ffn_hidden_size
+    if name.endswith("linear_proj.weight"):  # row-parallel: split over columns
         return draw(rows, columns * tp_size).chunk(tp_size, dim=1)[tp_rank] * std
-    if name.endswith("linear_fc1.weight"):  # gate and up are split each on its own
-        gate, up = draw(2, rows // 2 * tp_size, columns).chunk(tp_size, dim=1)[tp_rank]
-        return torch.cat((gate, up)) * std
-    if "word_embeddings" in name or "output_layer" in name:  # padding depends on the layout, so it is not drawn
+    if name.endswith("linear_fc2.weight"):
+        return F.pad(draw(rows, shape.ffn_hidden_size), (0, ffn_padding)).chunk(tp_size, dim=1)[tp_rank] * std
+    if name.endswith("linear_fc1.weight"):  # gate and up are padded and split each on its own
+        full = F.pad(draw(2, shape.ffn_hidden_size, columns), (0, 0, 0, ffn_padding))
+        return full.chunk(tp_size, dim=1)[tp_rank].flatten(0, 1) * std
+    if "word_embeddings" in name or "output_layer" in name:
         full = torch.zeros(rows * tp_size, columns)
         full[: shape.vocab_size] = draw(shape.vocab_size, columns)
         return full.chunk(tp_size)[tp_rank] * std

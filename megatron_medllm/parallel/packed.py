@@ -58,18 +58,22 @@ class PackedSequences(PackedSeqParams):
         """Build for a backend.
 
         Raises:
-            ValueError: the te backend was asked for segments with a prefix, which its kernels cannot mask.
+            ValueError: the segments do not follow each other through the whole stream, or the te backend was asked for
+                segments with a prefix, which its kernels cannot mask.
         """
+        bounds = [0, *(s.end for s in segments)]
+        if [s.start for s in segments] != bounds[:-1] or bounds[-1] != len(position_ids):
+            raise ValueError(f"segments must follow each other from 0 to {len(position_ids)}: {segments}")
         if backend == "torch":
             return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments)
         if any(s.prefix_length for s in segments):
             raise ValueError("the te backend packs chosen and rejected side by side; it cannot share their prompt")
-        bounds = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=position_ids.device)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
         longest = max(s.length for s in segments)
         return cls(
             qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             position_ids=position_ids,

@@ -90,7 +90,7 @@ class RpoStep:
         return chunk(**inputs), partial(self._loss, micro_batch)
 
     def _loss(self, micro_batch: PairMicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict]:
-        device = output.device
+        device = output[0].device
         count = torch.tensor(len(micro_batch.rows), dtype=torch.int32, device=device)
         tokens = {
             "tokens": torch.tensor(len(micro_batch.tokens)),
@@ -98,7 +98,7 @@ class RpoStep:
         }
         if not micro_batch.rows:
             zeros = dict.fromkeys(("loss", *_NAMES), torch.zeros(()))
-            return output.sum() * 0.0, count, {"count": count, **tokens, **zeros}
+            return output[0].sum() * 0.0, count, {"count": count, **tokens, **zeros}
         logprobs = sum_by_response(output[0], micro_batch)
         reference = [self._reference.get(row, (0.0, 0.0)) for row in micro_batch.rows]
         pairs = PairLogprobs(

@@ -115,9 +115,9 @@ def _score_part(
 
 
 def _collect(stream: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=output.device)
+    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=output[0].device)
     if not stream.rows:
-        return output.sum(), count, {"rows": {}}
+        return output[0].sum(), count, {"rows": {}}
     sums = sum_by_response(output[0], stream)
     columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
-    return output.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}
+    return output[0].sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}

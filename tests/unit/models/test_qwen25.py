@@ -1,0 +1,160 @@
+"""The model on one process: what packing, shared prompts and padding may not change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape, shape_from_hf_config
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.packed import Segment
+from tests.unit.checkpoint.twins import config_json
+from tests.unit.models.tiny import build_tiny, documents, gradients, relative, run
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+# GQA 7:1 as in 0.5B and 7B; untied, so that the embedding's gradient comes from the input alone.
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=56,
+    num_attention_heads=14,
+    num_query_groups=2,
+    ffn_hidden_size=96,
+    vocab_size=150,
+    tie_embeddings=False,
+)
+LENGTHS = (9, 30, 1, 12, 28)  # two batches of similar length, a document of one token
+IDS = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:80]  # no token twice
+LABELS = IDS.roll(-1)
+
+
+def test_packed_documents_equal_the_same_documents_alone():
+    model = build_tiny(SHAPE)
+    segments = documents(*LENGTHS)
+    weights = torch.randn(len(IDS), generator=torch.Generator().manual_seed(1))
+    logits = run(model, IDS, segments)
+    logprobs, lse = run(model, IDS, segments, LABELS)
+    (logprobs * weights + lse).sum().backward()
+    packed = gradients(model)
+    for s in segments:
+        part = slice(s.start, s.end)
+        alone = run(model, IDS[part], documents(s.end - s.start))
+        assert relative(logits[part], alone) < 2e-6
+        alone_logprobs, alone_lse = run(model, IDS[part], documents(s.end - s.start), LABELS[part])
+        assert relative(logprobs[part], alone_logprobs) < 2e-6
+        (alone_logprobs * weights[part] + alone_lse).sum().backward()  # gradients add up over the documents
+    alone_sum = gradients(model)
+    assert packed.keys() == alone_sum.keys() and len(packed) == 3 + 2 * 7
+    for name, gradient in packed.items():
+        assert gradient.norm() > 0 and relative(gradient, alone_sum[name]) < 1e-5, name
+
+
+def test_no_gradient_crosses_documents_or_goes_back_in_time():
+    model = build_tiny(SHAPE)
+    segments = documents(*LENGTHS)
+    second = segments[1]
+    middle = (second.start + second.end) // 2
+    run(model, IDS, segments)[middle, :150].square().sum().backward()
+    touched = model.embedding.word_embeddings.weight.grad.abs().sum(1)[IDS] > 0
+    seen = torch.zeros(len(IDS), dtype=torch.bool)
+    seen[second.start : middle + 1] = True
+    assert torch.equal(touched, seen)  # exactly 0 elsewhere
+
+
+def test_answers_behind_one_copy_of_their_prompt_equal_side_by_side():
+    model = build_tiny(SHAPE)
+    n, chosen, rejected = 20, 12, 25
+    total = n + chosen + rejected
+    ids, labels = IDS[:total], LABELS[:total]
+    shared = (Segment(0, n), Segment(n, n + chosen, 0, n), Segment(n + chosen, total, 0, n))
+    order = torch.cat((torch.arange(n + chosen), torch.arange(n), torch.arange(n + chosen, total)))
+    answers = order[n:] >= n  # in the side-by-side stream
+    answers = torch.cat((torch.zeros(n, dtype=torch.bool), answers))
+    together = run(model, ids, shared, labels)[0][n:]
+    (together * torch.linspace(-1, 1, len(together))).sum().backward()
+    from_shared = gradients(model)
+    apart = run(model, ids[order], documents(n + chosen, n + rejected), labels[order])[0][answers]
+    (apart * torch.linspace(-1, 1, len(apart))).sum().backward()
+    assert relative(together, apart) < 2e-6
+    for name, gradient in gradients(model).items():
+        assert relative(from_shared[name], gradient) < 1e-5, name
+
+
+def test_padded_vocabulary_is_no_part_of_any_softmax():
+    model = build_tiny(SHAPE)
+    weight = model.output_layer.weight
+    assert weight.shape[0] == 256 and not weight[150:].any()
+    segments = documents(len(IDS))
+    before = run(model, IDS, segments, LABELS)
+    with torch.no_grad():
+        weight[150:] = 1e3
+    after = run(model, IDS, segments, LABELS)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    logits = run(model, IDS, segments)[:, :150]
+    expected = log_softmax(logits.double(), -1).gather(1, LABELS[:, None])[:, 0]
+    assert relative(after[0].double(), expected) < 1e-6
+    assert relative(after[1].double(), torch.logsumexp(logits.double(), -1)) < 1e-6
+    after[0].sum().backward()
+    assert not weight.grad[150:].any()
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(recompute: str):
+    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+
+    found = []
+    for layout in (LayoutConfig(), LayoutConfig(recompute=recompute)):
+        chunks = build_model(ModelConfig(shape=SHAPE, dtype="float32"), layout, device=torch.device("cpu"))
+        initialize_weights(chunks, seed=1, tp_rank=0, tp_size=1)
+        model = unwrap(chunks[0]).train()
+        run(model, IDS, documents(*LENGTHS), LABELS)[0].sum().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_one_place_translates_the_shape_to_megatron():
+    from megatron_medllm.models.qwen25 import transformer_config
+
+    layout = LayoutConfig(tp=8, pp=4, vpp=5, sp=True, recompute="selective")
+    config = transformer_config(SIZES["72b"], layout, ModelConfig(size="72b"))
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (80, 8192, 29568)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (64, 8, 128)
+    assert config.add_qkv_bias and not config.add_bias_linear and config.gated_linear_unit
+    assert config.layernorm_epsilon == 1e-5 and config.normalization == "RMSNorm"
+    assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16
+    # Interleaved stages: the default pair corrupts the loss without an error.
+    assert config.overlap_p2p_comm and not config.batch_p2p_comm and not config.deallocate_pipeline_outputs
+
+
+def write_config(directory: Path, **changes: object) -> Path:
+    config = config_json(SIZES["7b"]) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return directory
+
+
+def test_both_spellings_of_a_hugging_face_config(tmp_path: Path):
+    spelled_by_4 = shape_from_hf_config(write_config(tmp_path, use_sliding_window=False, sliding_window=131072))
+    new = {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "dtype": "bfloat16"}
+    spelled_by_5 = shape_from_hf_config(write_config(tmp_path, rope_theta=None, torch_dtype=None, **new))
+    assert spelled_by_4 == spelled_by_5 == SIZES["7b"]
+    assert shape_from_hf_config(write_config(tmp_path, rope_theta=None)).rotary_base == 10_000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window is true; sliding-window attention is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "RoPE type 'linear' is not supported"),
+        ({"model_type": "llama"}, "model_type is 'llama'; this package trains 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_hidden_layers": None}, "missing field 'num_hidden_layers'"),
+        ({"num_key_value_heads": 5}, "28 heads are not a multiple of 5 KV heads"),
+    ],
+)
+def test_models_that_are_not_qwen25_are_refused(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        shape_from_hf_config(write_config(tmp_path, **changes))

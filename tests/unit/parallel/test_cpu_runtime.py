@@ -1,0 +1,176 @@
+"""The redirection of Megatron-Core to the CPU: what it changes, what it leaves alone, what it refuses."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import cpu, runtime
+
+
+def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch):
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
+    monkeypatch.setattr(cpu, "_installed", False)
+    with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed; the CPU runtime knows 0\.16\.1 only"):
+        cpu.install()
+
+
+class Leaves(torch.nn.Module):
+    """Two parameters, one of which has no gradient for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
+        self.b = torch.nn.Parameter(torch.randn(4, generator=generator))
+
+
+def updates(optimizer: torch.optim.Optimizer, leaves: Leaves, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        leaves.a.grad = torch.randn(5, 3, generator=generator)
+        leaves.b.grad = torch.randn(4, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(("decoupled", "peer"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
+def test_fused_adam_is_torchs(decoupled: bool, peer: type[torch.optim.Optimizer]):
+    ours, theirs = Leaves(), Leaves()
+    updates(cpu.FusedAdam(ours.parameters(), adam_w_mode=decoupled, **SETTINGS), ours, range(10))
+    updates(peer(theirs.parameters(), **SETTINGS), theirs, range(10))
+    assert (ours.a - Leaves().a).abs().max() > 1e-2
+    torch.testing.assert_close(ours.a, theirs.a, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.b, theirs.b, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_adam_goes_on_from_its_state_bitwise():
+    whole, first = Leaves(), Leaves()
+    updates(cpu.FusedAdam(whole.parameters(), **SETTINGS), whole, range(6))
+    optimizer = cpu.FusedAdam(first.parameters(), **SETTINGS)
+    updates(optimizer, first, range(3))
+    assert optimizer.param_groups[0]["step"] == 3  # in the group, where the distributed optimizer looks for it
+    second = Leaves()
+    second.load_state_dict(first.state_dict())
+    resumed = cpu.FusedAdam(second.parameters(), **SETTINGS)
+    resumed.load_state_dict(optimizer.state_dict())
+    updates(resumed, second, range(3, 6))
+    assert torch.equal(second.a, whole.a) and torch.equal(second.b, whole.b)
+
+
+def test_fused_adam_has_no_other_modes():
+    with pytest.raises(ValueError, match="bias correction"):
+        cpu.FusedAdam(Leaves().parameters(), bias_correction=False)
+
+
+# In a process of its own: which modules are touched depends on what was imported before.
+UNTOUCHED = """
+import torch
+before = {name: getattr(torch, name) for name in ("zeros", "empty", "cuda", "tensor")}
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.parallel import runtime
+here = runtime.start(LayoutConfig(), seed=0)
+assert here.device == torch.device("cpu") and here.is_main and here.is_last_stage
+assert all(getattr(torch, name) is value for name, value in before.items())
+assert not torch.cuda.is_initialized() and torch.cuda.__name__ == "torch.cuda"
+
+import megatron.core.optimizer as optimizer
+import megatron.core.parallel_state as state
+from megatron_medllm.parallel.cpu import FusedAdam
+assert state.torch is not torch and state.torch.float32 is torch.float32
+assert state.torch.cuda.current_device() == torch.device("cpu")
+assert state.torch.zeros(2, device="cuda").device.type == "cpu"
+assert state.torch.empty(2, device=state.torch.cuda.current_device(), pin_memory=True).device.type == "cpu"
+assert optimizer.Adam is FusedAdam
+assert torch.zeros(1).type() == "torch.FloatTensor" and torch.zeros(1).cuda().device.type == "cpu"
+try:
+    torch.zeros(1, device="cuda")
+except (RuntimeError, AssertionError):
+    pass
+else:
+    raise AssertionError("torch itself was redirected")
+runtime.stop()
+runtime.start(LayoutConfig(), seed=0)  # a second runtime in the same process
+runtime.stop()
+print("fine")
+"""
+
+
+def test_only_megatron_is_redirected():
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UNTOUCHED],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout.endswith("fine\n"), result.stderr
+
+
+def test_named_random_states_are_streams_of_their_own():
+    cpu.install()
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("experts", 7)
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(1)
+    plain = torch.rand(2)
+    torch.manual_seed(1)
+    with tracker.fork("experts"):
+        first = torch.rand(2)
+    with tracker.fork("experts"):
+        second = torch.rand(2)
+    assert torch.equal(torch.cat((first, second)), expected)
+    assert torch.equal(torch.rand(2), plain)
+    with pytest.raises(ValueError, match="added before"):
+        tracker.add("experts", 8)
+    with pytest.raises(ValueError, match="never added"), tracker.fork("nobody"):
+        pass
+
+
+def test_a_cuda_run_is_not_redirected(monkeypatch: pytest.MonkeyPatch):
+    """Up to the process group, as far as a machine without CUDA goes."""
+    asked: dict = {}
+
+    def joined(**settings: object) -> None:
+        asked.update(settings)
+        raise ConnectionError
+
+    devices: list[torch.device] = []
+    monkeypatch.setattr(cpu, "install", lambda: pytest.fail("redirected to the CPU"))
+    monkeypatch.setattr(runtime, "_join", joined)
+    stand_in = SimpleNamespace(is_available=lambda: True, set_device=devices.append)
+    monkeypatch.setattr(runtime.torch, "cuda", stand_in)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ConnectionError):
+        runtime.start(LayoutConfig(), seed=0)
+    assert asked["backend"] == "nccl" and devices == [torch.device("cuda", 3)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "message"),
+    [
+        (LayoutConfig(tp=2), "1", "layout needs 2 processes, but 1 were started"),
+        (LayoutConfig(), "4", "layout needs 1 processes, but 4 were started"),
+        (LayoutConfig(cp=2), "2", "layout.cp=2: context parallelism needs the te backend on GPUs"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, layout: LayoutConfig, world_size: str, message: str
+):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match=message):
+        runtime.start(layout, seed=0)

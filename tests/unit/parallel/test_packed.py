@@ -1,0 +1,100 @@
+"""Segments of a packed stream, as each attention kernel is told of them."""
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
+from megatron_medllm.parallel.packed import PackedSequences, Segment
+
+CPU = torch.device("cpu")
+SIGNATURE = inspect.signature(varlen.varlen_attn)
+# A document of 3 tokens, then a prompt of 2 and two answers of 1 and 2 behind it.
+SHARED = (Segment(0, 3), Segment(3, 5), Segment(5, 6, 3, 5), Segment(6, 8, 3, 5))
+
+
+def pack(segments: tuple[Segment, ...], backend: str = "torch") -> PackedSequences:
+    return PackedSequences.from_segments(segments, torch.zeros(segments[-1].end), backend=backend)
+
+
+def test_a_segment_moves_with_its_prefix():
+    assert Segment(6, 8, 3, 5).length == 4
+    assert Segment(6, 8, 3, 5).shifted(10) == Segment(16, 18, 13, 15)
+    assert Segment(0, 3).shifted(10) == Segment(10, 13)
+
+
+def test_bounds_for_variable_length_kernels():
+    plan = pack(SHARED).varlen_plan(CPU)
+    assert plan.cu_seqlens_q.tolist() == [0, 3, 5, 6, 8]
+    assert plan.cu_seqlens_kv.tolist() == [0, 3, 5, 8, 12]
+    assert (plan.max_q, plan.max_kv) == (3, 4)
+    assert plan.kv_rows is not None and plan.kv_rows.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
+    assert pack(SHARED[:2]).varlen_plan(CPU).kv_rows is None
+
+
+def test_padded_batches_put_similar_lengths_together():
+    batches = pack(SHARED).padded_batches(CPU)
+    rows = [batch[0].tolist() for batch in batches]
+    assert rows == [[[3, 4, 6, 7], [0, 1, 2, 0], [3, 4, 5, 0]], [[3, 4]]]
+    assert [batch[1].tolist() for batch in batches] == [[6, 7, 0, 1, 2, 5], [3, 4]]
+    assert [batch[2].tolist() for batch in batches] == [[2, 3, 4, 5, 6, 10], [0, 1]]
+
+
+def test_te_gets_cumulative_lengths():
+    packed = pack(SHARED[:2], backend="te")
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 5]
+    assert packed.max_seqlen_q == 3
+    with pytest.raises(ValueError, match="side by side"):
+        pack(SHARED, backend="te")
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [(Segment(0, 3), Segment(4, 8)), (Segment(0, 8), Segment(3, 8)), (Segment(3, 8), Segment(0, 3))],
+    ids=["gap", "overlap", "order"],
+)
+def test_segments_that_do_not_fill_the_stream_are_refused(segments: tuple[Segment, ...]):
+    with pytest.raises(ValueError, match="segments must follow each other from 0 to 8"):
+        PackedSequences.from_segments(segments, torch.zeros(8), backend="torch")
+
+
+def test_a_tail_without_segment_is_refused():
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        PackedSequences.from_segments(SHARED, torch.zeros(9), backend="torch")
+
+
+def reference_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **settings: Any
+) -> Tensor:
+    """What torch documents of `varlen_attn`: the causal mask is aligned to each sequence's last key."""
+    SIGNATURE.bind(query, key, value, cu_q, cu_k, max_q, max_k, **settings)
+    assert settings["window_size"] == (-1, 0)
+    out = torch.empty_like(query)
+    for i in range(len(cu_q) - 1):
+        rows, keys = slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1]))
+        q, k, v = query[rows].transpose(0, 1), key[keys].transpose(0, 1), value[keys].transpose(0, 1)
+        assert q.shape[1] <= max_q and k.shape[1] <= max_k
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=settings["scale"], enable_gqa=True)
+        out[rows] = y.transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_both_kernels_are_asked_for_the_same_attention(monkeypatch: pytest.MonkeyPatch, kv_heads: int):
+    segments = (Segment(0, 5), Segment(5, 16), Segment(16, 20, 5, 16), Segment(20, 27, 5, 16), Segment(27, 28))
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(28, 6, 8, generator=generator)
+    key, value = torch.randn(2, 28, kv_heads, 8, generator=generator)
+    scale = 1 / math.sqrt(8)
+    expected = _padded_sdpa(query, key, value, pack(segments), scale)
+    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    found = _flash_varlen(query, key, value, pack(segments), scale)
+    assert (found - expected).abs().max() < 1e-6
