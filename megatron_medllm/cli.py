@@ -223,28 +223,42 @@ def import_(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint, imported or of any training run")],
+    checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint, or a training run's folder of them")],
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory to make")],
     source: Annotated[Path | None, typer.Option(help="HF directory with config.json and tokenizer")] = None,
+    base: Annotated[Path | None, typer.Option(help="HF directory of the base, for a checkpoint of adapters")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="write the adapters in PEFT's format, not merged")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     shard_size_gb: Annotated[float, typer.Option("--shard-size", help="GB of one safetensors file")] = 5.0,
     workers: Annotated[int, typer.Option(help="threads")] = 2,
 ) -> None:
     """Convert a Megatron distributed checkpoint to a Hugging Face directory, tensor by tensor."""
-    from megatron_medllm.checkpoint.convert import export_checkpoint
+    if peft:
+        from megatron_medllm.checkpoint.peft_adapter import export_peft
 
-    shard_bytes = int(shard_size_gb * 1e9)
+        export_peft(checkpoint, hf_dir, base_model=str(base or ""))
+        return
+    from megatron_medllm.checkpoint.convert import export_checkpoint, newest_checkpoint
+
     export_checkpoint(
-        checkpoint, hf_dir, source_dir=source, dtype=_dtype(dtype), shard_bytes=shard_bytes, workers=workers
+        newest_checkpoint(checkpoint),
+        hf_dir,
+        source_dir=source,
+        base_dir=base,
+        dtype=_dtype(dtype),
+        shard_bytes=int(shard_size_gb * 1e9),
+        workers=workers,
     )
 
 
 def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
     from megatron_medllm.models.qwen25 import DTYPES
 
-    if name is not None and name not in DTYPES:
+    if name not in DTYPES:
         raise UserError(f"--dtype {name}: expected {' or '.join(DTYPES)}")
-    return DTYPES[name] if name else None
+    return DTYPES[name]
 
 
 @app.command()
@@ -260,7 +274,7 @@ def verify(
 
     found = compare(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
     for line in found.lines():
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if found.agree else 1)
 
 

@@ -69,7 +69,11 @@ class _Recipe:
             model, made_by = self._train("cpt", "cpt", model, made_by)
             self._examine("cpt", model, made_by)
         if run.rpo is not None:
-            self._preference_rounds(model, made_by)
+            model, made_by = self._preference_rounds(model, made_by)
+        if made_by is not None:
+            checkpoints, hf_dir = str(self._dir / made_by / "checkpoints"), str(self._dir / "hf")
+            self._add("export", "export", checkpoints, hf_dir, "--source", str(model), settings=(),
+                      outputs=(self._dir / "hf",), after=(made_by,), with_config=False)  # fmt: skip
         if self._examined:
             self._add("report", "report", str(self._dir), settings=(), outputs=(self._dir / "report.html",),
                       after=tuple(stage.name for stage in self._stages), with_config=False)  # fmt: skip
@@ -127,7 +131,8 @@ class _Recipe:
         folders = {str(self._dir / "corpus" / name): name for name in self._run.corpora}
         return [folders[str(source.path)] for source in section.data if str(source.path) in folders]
 
-    def _preference_rounds(self, model: Path, made_by: str | None) -> None:
+    def _preference_rounds(self, model: Path, made_by: str | None) -> tuple[Path, str | None]:
+        """Sample, pair, score and train, round after round; each round's reference is the round before."""
         run = self._run
         for number in range(1, run.rounds + 1):
             suffix = "" if number == 1 else f"-{number}"
@@ -153,6 +158,7 @@ class _Recipe:
                 for control, settings in CONTROLS.items():
                     found, maker = self._train(control, "rpo", start, started_by, (*data, *settings), after=scored)
                     self._examine(control, found, maker)
+        return model, made_by
 
     def _examine(self, name: str, model: Path, made_by: str | None) -> None:
         if self._run.eval is None:

@@ -239,6 +239,12 @@ def _write_items(
         raise full_disk_error(error, path) from error
 
 
+def newest_checkpoint(directory: Path) -> Path:
+    """`directory` itself, or the newest `step-*` in it when it is a training run's folder of checkpoints."""
+    steps = sorted(directory.glob("step-*"))
+    return steps[-1] if steps else directory
+
+
 def export_checkpoint(
     ckpt_dir: Path,
     hf_dir: Path,
