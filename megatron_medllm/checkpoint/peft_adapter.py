@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -227,8 +228,9 @@ def load_adapter(model_chunks: list[nn.Module], adapter: Adapter, *, tp_rank: in
     Raises:
         ValueError: the chunks' adapters have another rank than `adapter.config`.
     """
-    for chunk in model_chunks:
-        for name, parameter in global_parameters(unwrap(chunk)):
+    for chunk in map(unwrap, model_chunks):
+        padding = chunk.config.ffn_hidden_size - chunk.shape.ffn_hidden_size
+        for name, parameter in global_parameters(chunk):
             linear, _, half = name.rpartition(".")
             if half not in ("lora_a", "lora_b"):
                 continue
@@ -236,18 +238,23 @@ def load_adapter(model_chunks: list[nn.Module], adapter: Adapter, *, tp_rank: in
             if whole is None:
                 parameter.zero_()
                 continue
-            local = _local(whole, linear.rpartition(".")[2], half, tp_rank=tp_rank, tp_size=tp_size)
+            linear = linear.rpartition(".")[2]
+            local = _local(whole, linear, half, ffn_padding=padding, tp_rank=tp_rank, tp_size=tp_size)
             if local.shape != parameter.shape:
                 raise ValueError(f"{name}: {list(local.shape)} does not fit {list(parameter.shape)}")
             parameter.copy_(local)
 
 
-def _local(whole: Tensor, linear: str, half: str, *, tp_rank: int, tp_size: int) -> Tensor:
+def _local(whole: Tensor, linear: str, half: str, *, ffn_padding: int, tp_rank: int, tp_size: int) -> Tensor:
     """One TP rank's slice: B of a column-parallel linear by rows, A of a row-parallel one by columns."""
     _, split = LINEARS[linear]
     if split == "column" and half == "lora_b":
-        blocks = whole.chunk(2) if linear == "linear_fc1" else (whole,)  # gate and up each on its own
+        blocks = [whole]
+        if linear == "linear_fc1":  # gate and up are padded and split each on its own
+            blocks = [F.pad(block, (0, 0, 0, ffn_padding)) for block in whole.chunk(2)]
         return torch.cat([block.chunk(tp_size)[tp_rank] for block in blocks])
     if split == "row" and half == "lora_a":
+        if linear == "linear_fc2":
+            whole = F.pad(whole, (0, ffn_padding))
         return whole.chunk(tp_size, dim=1)[tp_rank]
     return whole
