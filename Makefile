@@ -47,7 +47,7 @@ demo: $(VENV)/.installed
 	$(BIN)/medllm pipeline examples/laptop.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)

@@ -70,7 +70,7 @@ def _options(
         datefmt="%H:%M:%S",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
     )
-    for noisy in ("megatron", "matplotlib", "fsspec", "urllib3", "torch", "asyncio", "filelock", "httpx"):
+    for noisy in ("megatron", "fsspec", "urllib3", "torch", "asyncio", "filelock", "httpx"):
         logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
 
 
