@@ -1,12 +1,14 @@
 """Fixtures that more than one room's tests use."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_run.py and its like
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_run.py, exam_world.py and their like
 
+from exam_world import write_exam, write_tiny_model
 from tiny_run import write_tiny_world
 
 
@@ -14,3 +16,25 @@ from tiny_run import write_tiny_world
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a small invented world and its two corpora, built once."""
     return write_tiny_world(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def exam_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small invented exam in IgakuQA's layout."""
+    return write_exam(tmp_path_factory.mktemp("exam"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF directory with a tiny random Qwen2."""
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The published exams, where this machine has them."""
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    place = Path(os.environ.get("MEDLLM_SHARED_DATA", default))
+    if not (place / "igakuqa").is_dir():
+        pytest.skip(f"no exam data in {place} (set MEDLLM_SHARED_DATA)")
+    return place
