@@ -8,6 +8,7 @@ import orjson
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_medllm.errors import UserError
+from megatron_medllm.storage import atomic_write
 
 
 class MetricsLog:
@@ -23,7 +24,8 @@ class MetricsLog:
         """Forget what was logged after `step`: a resume repeats it."""
         if self.path.is_file():
             whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            self.path.write_bytes(b"".join(line for line in whole if orjson.loads(line)["step"] <= step))
+            with atomic_write(self.path) as stream:
+                stream.writelines(line for line in whole if orjson.loads(line)["step"] <= step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log named numbers under a step, counted from 1."""

@@ -109,7 +109,7 @@ class Checkpoints:
                     shutil.rmtree(left_over)
                 free = shutil.disk_usage(self.directory).free
                 if free < _SPARE * needed.item():
-                    answer = [f"it takes {needed.item() / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"]
+                    answer = [f"it takes {needed.item() / 1e9:.2f} GB, more than the disk has left"]
                 else:
                     save.partial.mkdir()
             except OSError as error:
@@ -156,7 +156,8 @@ class Checkpoints:
     def _give_up(self, save: _Save, problem: str) -> None:
         if self._runtime.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
-            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s", save.step, problem)
+            free = shutil.disk_usage(self.directory).free / 1e9
+            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%.2f GB free)", save.step, problem, free)
 
     def _seal_on_main(self, save: _Save) -> str | None:
         """Make written tensors a checkpoint; what went wrong, if anything. Local: it may run beside training."""

@@ -1,0 +1,155 @@
+"""Packed rows, token by token: labels, positions, segments, long documents, blends, held-out rows."""
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_medllm.config.train import CptConfig, DataSource, OptimizerConfig
+from megatron_medllm.corpus.index import bin_path, idx_path, write_index
+from megatron_medllm.data.cpt import DocumentSpan, dataset_config, resolve_blend, training_rows, validation_rows
+from megatron_medllm.data.microbatch import IGNORED, blank, concatenate
+from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.packed import Segment
+from megatron_medllm.storage import write_json
+
+X = IGNORED
+
+
+def write_corpus(directory, sources, *, split=(1.0, 0.0, 0.0), digest="a"):
+    """A folder as `medllm corpus build` leaves it, of documents given as lists of ids."""
+    facts = {}
+    for name, documents in sources.items():
+        lengths = np.array([len(document) for document in documents], np.int32)
+        directory.mkdir(exist_ok=True)
+        bin_path(directory / name).write_bytes(np.concatenate(documents).astype(np.uint16).tobytes())
+        with open(idx_path(directory / name), "wb") as stream:
+            write_index(stream, lengths, np.dtype(np.uint16))
+        facts[name] = {
+            "prefix": name, "weight": 1.0, "tokens": int(lengths.sum()), "documents": len(documents)
+        }  # fmt: skip
+    tokenizer = {"digest": digest, "vocab_size": 100, "eod_id": 0}
+    write_json(
+        directory / "manifest.json", {"format": 1, "sources": facts, "split": list(split), "tokenizer": tokenizer}
+    )
+    return directory
+
+
+def settings_of(tmp_path, corpora, *, sequence_length, loss_after=()):
+    config = CptConfig(
+        data=corpora, train_tokens=1, sequence_length=sequence_length, global_batch_size=1,
+        optimizer=OptimizerConfig(lr=1.0),
+    )  # fmt: skip
+    blend = resolve_blend(corpora)
+    return blend, dataset_config(config, blend, seed=0, loss_after=loss_after, cache_dir=tmp_path / "cache")
+
+
+def rows_of(tmp_path, documents, *, count, sequence_length, loss_after=()):
+    corpus = write_corpus(tmp_path / "corpus", {"one": documents})
+    _, settings = settings_of(
+        tmp_path, (DataSource(path=corpus),), sequence_length=sequence_length, loss_after=loss_after
+    )
+    return training_rows(settings, count)
+
+
+def test_documents_are_packed_with_their_bounds(tmp_path):
+    rows = rows_of(tmp_path, [[11, 12, 13, 0], [21, 22, 0]], count=1, sequence_length=6)
+    row = rows[0]
+    first, second = ([11, 12, 13, 0], [21, 22, 0]) if row.tokens[0] == 11 else ([21, 22, 0], [11, 12, 13, 0])
+    a = len(first)
+    assert row.tokens.tolist() == (first + second)[:6]
+    # No document's last token predicts the next document's first; the row's last label is its extra token.
+    assert row.labels.tolist() == [*first[1:], X, *second[1:]][:6]
+    assert row.position_ids.tolist() == [*range(a), *range(6 - a)]
+    assert row.segments == (Segment(0, a), Segment(a, 6))
+
+
+def test_a_long_document_goes_on_in_the_next_row(tmp_path):
+    document = [*range(1, 20), 0]  # 20 tokens, rows of 8 + 1: two whole ones
+    rows = rows_of(tmp_path, [document], count=2, sequence_length=8)
+    by_start = sorted((rows[i] for i in range(2)), key=lambda row: row.tokens[0])
+    assert [row.tokens.tolist() for row in by_start] == [document[:8], document[8:16]]
+    assert [row.labels.tolist() for row in by_start] == [document[1:9], document[9:17]]
+    for row in by_start:
+        assert row.position_ids.tolist() == list(range(8))
+        assert row.segments == (Segment(0, 8),)
+    assert sorted(rows.spans(i)[0].offset for i in range(2)) == [0, 8]
+    assert {rows.spans(i)[0].length for i in range(2)} == {9}
+
+
+def test_only_what_follows_the_marker_is_learned(tmp_path):
+    # 90 91 is the marker; a document without one is learned whole, and the second marker changes nothing.
+    marked, plain = [11, 12, 90, 91, 13, 90, 91, 0], [21, 22, 23, 24, 25, 26, 27, 0]
+    rows = rows_of(tmp_path, [marked, plain], count=1, sequence_length=15, loss_after=((90, 91),))
+    labels = {11: [X, X, X, 13, 90, 91, 0, X], 21: [22, 23, 24, 25, 26, 27, 0, X]}
+    row = rows[0]
+    assert row.labels.tolist() == (labels[row.tokens[0]] + labels[row.tokens[8]])[:15]
+
+
+def test_the_rest_of_a_marked_document_in_another_row_is_not_learned(tmp_path):
+    document = [11, 90, 12, 13, 14, 15, 16, 17, 0]
+    rows = rows_of(tmp_path, [document], count=2, sequence_length=4, loss_after=((90,),))
+    by_start = sorted((rows[i] for i in range(2)), key=lambda row: row.tokens[0])
+    assert by_start[0].labels.tolist() == [X, 12, 13, 14]
+    assert by_start[1].tokens.tolist() == [14, 15, 16, 17]
+    assert by_start[1].labels.tolist() == [X, X, X, X]
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone: upstream's blends ask for the rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_blend_keeps_its_shares_and_names_its_sources(tmp_path, process_group):
+    documents = [[10 + i, *[1] * 14, 0] for i in range(30)]
+    first = write_corpus(tmp_path / "medical", {"text": documents})
+    second = write_corpus(tmp_path / "general", {"text": documents, "more": documents[:2]})
+    corpora = (DataSource(path=first, weight=6.0), DataSource(path=second, weight=1.0))
+    blend, settings = settings_of(tmp_path, corpora, sequence_length=16)
+    assert blend.names == ("medical-text", "general-text", "more")
+    assert blend.weights == (6.0, 1.0, 1.0)
+    rows = training_rows(settings, 16)
+    used = [rows.spans(i)[0].source for i in range(16)]
+    assert [used.count(source) for source in range(3)] == [12, 2, 2]
+    assert all(isinstance(span, DocumentSpan) for span in rows.spans(0))
+
+
+def test_two_epochs_use_every_token_twice(tmp_path):
+    documents = [[i + 1] * 7 + [0] for i in range(8)]  # 64 tokens
+    rows = rows_of(tmp_path, documents, count=15, sequence_length=8)
+    seen = np.bincount(np.concatenate([rows[i].tokens for i in range(15)]), minlength=9)
+    # Of 128 tokens the last 8 fill no row; no document's 7 equal tokens are read more often than twice.
+    assert seen.sum() == 120 and seen[1:].max() <= 14 and seen[0] <= 16
+
+
+def test_held_out_rows_are_of_one_source_and_no_token_comes_twice(tmp_path):
+    documents = {name: [[base + i] * 9 + [0] for i in range(10)] for name, base in (("a", 10), ("b", 30))}
+    documents["tiny"] = [[1, 0], [2, 0]]
+    corpus = write_corpus(tmp_path / "corpus", documents, split=(0.5, 0.5, 0.0))
+    blend, settings = settings_of(tmp_path, (DataSource(path=corpus),), sequence_length=7)
+    held_out = validation_rows(settings, blend)
+    assert list(held_out) == ["a", "b"]  # tiny's share fills no row
+    for name, base in (("a", 10), ("b", 30)):
+        tokens = np.concatenate([held_out[name][i].tokens for i in range(len(held_out[name]))])
+        assert len(held_out[name]) == 7  # 49 of the 50 tokens of five documents
+        assert set(tokens.tolist()) <= {0, *range(base + 5, base + 10)}
+        assert np.bincount(tokens)[1:].max() <= 9
+
+
+def test_blank_rows_teach_nothing():
+    row = concatenate([blank(4), blank(4)])
+    assert row.counted_tokens == 0 and row.segments == (Segment(0, 4), Segment(4, 8))
+    assert row.attended == 2 * (1 + 2 + 3 + 4)
+
+
+def test_corpora_of_two_tokenizers_or_with_a_cut_index_are_refused(tmp_path):
+    first = write_corpus(tmp_path / "first", {"x": [[1, 2, 0]]})
+    second = write_corpus(tmp_path / "second", {"x": [[1, 2, 0]]}, digest="b")
+    with pytest.raises(UserError, match="were built with a different tokenizer_digest"):
+        resolve_blend((DataSource(path=first), DataSource(path=second)))
+    index = idx_path(first / "x")
+    index.write_bytes(index.read_bytes()[:-12])
+    with pytest.raises(UserError, match=r"x\.idx"):
+        resolve_blend((DataSource(path=first),))
