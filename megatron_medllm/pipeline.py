@@ -26,6 +26,7 @@ from megatron_medllm import __version__
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.run_report import table
 from megatron_medllm.progress import FILE_VARIABLE
 from megatron_medllm.recipe import Stage, recipe_stages
 from megatron_medllm.storage import digest_file, digest_value, read_json, write_json
@@ -62,7 +63,14 @@ def run_pipeline(run: RunConfig, *, console: Console) -> int:
                     return _report_failure(stage, status, run, console)
                 console.print(f"[green]✓[/] {stage.name}: {record.seconds():.1f} s")
             bars.advance(overall)
+    _print_result(run.run_dir, console)
     return 0
+
+
+def _print_result(run_dir: Path, console: Console) -> None:
+    if (run_dir / "report.html").is_file():
+        console.print(table(read_json(run_dir / "summary.json")))
+        console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
