@@ -184,21 +184,22 @@ def test_an_adapter_on_a_padded_base_is_the_same_adapter():
     assert relative(run(again, IDS, documents(24)), run(plain, IDS, documents(24))) < 1e-5
 
 
-def test_all_three_products_run_in_fp8():
-    exact, cast = build_tiny(SHAPE, ffn_multiple=128), build_tiny(SHAPE, fp8="blockwise")
-    noise = rms(run(cast, IDS, documents(24)), run(exact, IDS, documents(24)))
-    assert 0.03 < noise < 0.15  # of eight products, one on the other
-    # With the same input and upstream gradient, each of a layer's results differs by FP8's rounding.
-    x, dy = torch.randn(2, 24, 1, 128, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("parent", "name"),
+    [("self_attention", "linear_qkv"), ("self_attention", "linear_proj"), ("mlp", "linear_fc1"), ("mlp", "linear_fc2")],
+)
+def test_all_three_products_of_every_linear_run_in_fp8(parent: str, name: str):
+    """With the same input and upstream gradient, each of a layer's results differs by FP8's rounding."""
     results = []
-    for model in (exact, cast):
-        linear = model.decoder.layers[0].self_attention.linear_proj
-        leaf = x.clone().requires_grad_()
-        y, bias = linear(leaf)
-        assert bias is None
-        y.backward(dy)
-        results.append((y, leaf.grad, linear.weight.grad))
-    for found, expected in zip(results[1], results[0], strict=True):
+    for built in ({"ffn_multiple": 128}, {"fp8": "blockwise"}):
+        linear = getattr(getattr(build_tiny(SHAPE, **built).decoder.layers[0], parent), name)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(24, 1, linear.weight.shape[1], generator=generator, requires_grad=True)
+        y, left = linear(x)
+        assert left is None
+        y.backward(torch.randn(y.shape, generator=generator))
+        results.append((y, x.grad, linear.weight.grad))
+    for found, expected in zip(*results, strict=True):
         assert 0.02 < rms(found, expected) < 0.045  # block-scaled e4m3 on Gaussian data: 0.037
 
 
