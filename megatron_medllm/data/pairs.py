@@ -6,7 +6,9 @@ each. Labels are c1..ck and r1..rm, the responses' last tokens are never inputs,
 Side by side, each response carries its whole prompt as a document of its own.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.storage import read_jsonl
 
 CHOSEN, REJECTED = 0, 1
+
+# Answers whose normalized edit distance is below this are reported as near-identical (arXiv 2402.13228, section 3).
+NEAR_IDENTICAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,33 @@ class PairSet:
 
     pairs: list[Pair]
     dropped: list[tuple[int, str]]  # (row, reason)
+    near_identical: list[tuple[int, float]]  # (row, normalized edit distance of the answers), dropped or not
+
+    def report(self) -> dict[str, Any]:
+        """What was kept, what was dropped and why, and what sharing prompts saves; JSON-able."""
+        shared, unshared = (
+            sum(pair.packed_length(share_prompt=share) for pair in self.pairs) for share in (True, False)
+        )
+        return {
+            "pairs": len(self.pairs),
+            "dropped": Counter(reason for _, reason in self.dropped),
+            "near_identical": len(self.near_identical),
+            "tokens_side_by_side": unshared,
+            "tokens_with_shared_prompts": shared,
+            "saved_by_sharing": round(1 - shared / unshared, 4),
+            "dropped_rows": [{"row": row, "reason": reason} for row, reason in self.dropped],
+            "near_identical_rows": [{"row": row, "edit_distance": round(d, 4)} for row, d in self.near_identical],
+        }
 
 
-def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int) -> PairSet:
+def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int, share_prompt: bool = True) -> PairSet:
     """Read and tokenize `config.pairs`.
 
     Args:
         config: paths, template, masks and what happens to long pairs.
         tokenizer_dir: HF directory with tokenizer.json.
         cut_length: tokens that a packed stream can hold.
+        share_prompt: whether a pair takes one copy of its prompt in that stream, or two.
 
     Raises:
         UserError: a line lacks a field, a field has a wrong type, an answer is empty, or no pair is left.
@@ -71,34 +94,48 @@ def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int) -> Pa
     encode_prompt, encode_response = _encoders(config, tokenizer_dir)
     pairs: list[Pair] = []
     dropped: list[tuple[int, str]] = []
+    near_identical: list[tuple[int, float]] = []
     for row, record in enumerate(_read_rows(config.pairs)):
         where = f"{config.pairs}:{row + 1}"
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(record.get(name), str | list) or not record[name]:
                 raise UserError(f"{where}: field {name!r} must be a non-empty string or list of messages")
+            if isinstance(record[name], list) and config.template != "chat":
+                raise UserError(f"{where}: field {name!r} is a list of messages: set rpo.template=chat")
         pair = Pair(
             row=row,
             prompt=encode_prompt(record["prompt"]),
             chosen=encode_response(record["chosen"]),
             rejected=encode_response(record["rejected"]),
-            weight=float(record.get("weight") or 1.0),
+            weight=_weight(record, where),
         )
         if len(pair.prompt) == 0:
             raise UserError(f"{where}: the prompt has no tokens")
         distance = Levenshtein.normalized_distance(pair.chosen.ids.tolist(), pair.rejected.ids.tolist())
+        if distance < NEAR_IDENTICAL:
+            near_identical.append((row, distance))
         if distance == 0:
             reason: str | None = "answers identical"
         elif distance < config.rpo_guard.min_edit_distance:
             reason = "answers nearly identical"
         else:
-            pair, reason = _fit(pair, config, cut_length)
+            pair, reason = _fit(pair, config, cut_length, share_prompt=share_prompt)
         if reason:
             dropped.append((row, reason))
         else:
             pairs.append(pair)
     if not pairs:
         raise UserError(f"{config.pairs}: no pair is left to train on ({len(dropped)} dropped)")
-    return PairSet(pairs, dropped)
+    return PairSet(pairs, dropped, near_identical)
+
+
+def _weight(record: dict, where: str) -> float:
+    weight = record.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(f"{where}: field 'weight' must be a positive number, is {weight!r}")
+    return float(weight)
 
 
 def _read_rows(path: Path) -> Any:
@@ -111,14 +148,14 @@ def _read_rows(path: Path) -> Any:
     return read_jsonl(path)
 
 
-def _fit(pair: Pair, config: RpoConfig, cut_length: int) -> tuple[Pair, str | None]:
+def _fit(pair: Pair, config: RpoConfig, cut_length: int, *, share_prompt: bool) -> tuple[Pair, str | None]:
     """Never cut an answer: drop the pair, or cut its prompt from the left."""
-    excess = pair.packed_length(share_prompt=config.share_prompt) - cut_length
+    excess = pair.packed_length(share_prompt=share_prompt) - cut_length
     if excess <= 0:
         return pair, None
     if config.too_long == "drop":
         return pair, f"longer than {cut_length} tokens"
-    cut = -(-excess // (1 if config.share_prompt else 2))
+    cut = -(-excess // (1 if share_prompt else 2))
     if cut > len(pair.prompt) - 1:
         return pair, f"answers alone are longer than {cut_length} tokens"
     return Pair(pair.row, pair.prompt[cut:], pair.chosen, pair.rejected, pair.weight), None
@@ -129,7 +166,7 @@ def _encoders(config: RpoConfig, tokenizer_dir: Path) -> tuple[Callable, Callabl
     if not path.is_file():
         raise UserError(f"{path}: no such file; the model's directory must hold its tokenizer")
     tokenizer = Tokenizer.from_file(str(path))
-    masks = [re.compile(pattern) for pattern in config.mask_patterns]
+    masks = [_compile(pattern) for pattern in config.mask_patterns]
     if config.template == "chat":
         return _chat_encoders(tokenizer, tokenizer_dir, masks)
     if config.template != "plain":
@@ -143,6 +180,13 @@ def _encoders(config: RpoConfig, tokenizer_dir: Path) -> tuple[Callable, Callabl
         return _response(tokenizer, response, masks, tail)
 
     return encode_prompt, encode_response
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"rpo.mask_patterns: {pattern!r} is not a regular expression ({error})") from None
 
 
 def _chat_encoders(tokenizer: Tokenizer, tokenizer_dir: Path, masks: list[re.Pattern]) -> tuple[Callable, Callable]:

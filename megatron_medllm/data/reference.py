@@ -21,8 +21,11 @@ class ReferenceKey:
     """What reference log-probabilities depend on. Layout and packing are not among them."""
 
     weights: str  # digest of the model's tensors
-    pairs: str  # digest of the tokenized pairs, so of the pair file, template, masks and tokenizer together
+    pairs: str  # digest of the tokenized pairs and their masks
+    template: str
+    tokenizer: str  # digest of tokenizer.json
     dtype: str
+    base: str  # how the weights are held: "dense", or the quantized format under an adapter
 
     def differences(self, other: "ReferenceKey") -> list[str]:
         """Names of the parts that differ."""

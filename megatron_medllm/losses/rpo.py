@@ -65,7 +65,7 @@ def rpo_loss(pairs: PairLogprobs, config: RpoLossConfig) -> tuple[Tensor, dict[s
         "rejected_logprob_per_token": pairs.rejected / pairs.rejected_tokens,
         "reference_chosen_logprob_per_token": pairs.reference_chosen / pairs.chosen_tokens,
         "reference_rejected_logprob_per_token": pairs.reference_rejected / pairs.rejected_tokens,
-        "kl": ratio.exp() - 1 - ratio,
+        "kl": torch.expm1(ratio) - ratio,
         "chosen_tokens": pairs.chosen_tokens.float(),
         "rejected_tokens": pairs.rejected_tokens.float(),
     }

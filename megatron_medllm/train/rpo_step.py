@@ -2,8 +2,11 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,18 +15,21 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.data.pairs import Pair, PairMicroBatch, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet, pack_pairs, plan_micro_batches
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.storage import write_json
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.scoring import load_run_pairs, reference_key
+from megatron_medllm.train.scoring import load_run_pairs, quantized_base, reference_key, shares_prompt
 
 log = logging.getLogger(__name__)
 
-# |margin| of a pair before the first update, where policy and reference are the same numbers computed twice.
-_ZERO_MARGIN = {"float32": 1e-3, "bfloat16": 0.5}
+# |margin| per token before the first update, where policy and reference are the same numbers computed twice. Another
+# layout or packing sums in another order; FP8 then rounds some activations to their neighbours.
+_ZERO_MARGIN = {"float32": 1e-5, "bfloat16": 5e-3}
+_ZERO_MARGIN_FP8 = 2e-2
 
 _NAMES = (
     *("preference_loss", "nll", "accuracy", "margin", "chosen_reward", "rejected_reward"),
@@ -32,6 +38,12 @@ _NAMES = (
     *("reference_chosen_logprob_per_token", "reference_rejected_logprob_per_token"),
     *("kl", "chosen_tokens", "rejected_tokens"),
 )
+_AGAINST_REFERENCE = {
+    "chosen_reward",
+    "rejected_reward",
+    "kl",
+    *(name for name in _NAMES if name.startswith("reference_")),
+}
 
 
 class RpoStep:
@@ -39,34 +51,37 @@ class RpoStep:
 
     unit = "pairs"
     end_token_id = None
-    metric_names = ("loss", "count", "tokens", "unshared_tokens", *_NAMES)
+    metric_names = ("loss", "count", "tokens", "pair_tokens", "unshared_tokens", "abs_margin", *_NAMES)
 
     def __init__(self, run: RunConfig, config: RpoConfig, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
         self._backend, self._dtype = run.model.backend, run.model.dtype
-        self._share_prompt = config.share_prompt and run.model.backend == "torch"
+        self._share_prompt = shares_prompt(run, config)
         self._seed = run.seed
+        self._quantized = quantized_base(config) is not None or config.fp8_gemms is not None
         pair_set = load_run_pairs(run, config)
-        self.pairs, self.dropped = pair_set.pairs, pair_set.dropped
-        self.total_steps = max(1, math.floor(config.epochs * len(self.pairs) / config.global_batch_size))
-        self._weight = {pair.row: pair.weight for pair in self.pairs}
-        self._unshared_tokens = {pair.row: pair.packed_length(share_prompt=False) for pair in self.pairs}
+        if runtime.is_main:
+            _report_pairs(pair_set, run.output_dir() / "pairs-report.json")
+        self.pairs = {pair.row: pair for pair in pair_set.pairs}
+        self._rows = list(self.pairs)
+        self.total_steps = max(1, math.floor(config.epochs * len(self._rows) / config.global_batch_size))
         self._reference: dict[int, tuple[float, float]] = {}
         if config.loss.kind not in ("simpo", "sft"):
             cache = ReferenceCache(config.reference or run.run_dir / "reference")
-            key = reference_key(run, config, pair_set)
-            self._reference = cache.load(key, [pair.row for pair in self.pairs])
-        self._falling = 0
-        self._last_chosen = math.inf
+            self._reference = cache.load(reference_key(run, config, pair_set), self._rows)
+        self._chosen_rewards: deque[float] = deque(maxlen=config.rpo_guard.chosen_fall_steps)
 
     @property
     def stream_length(self) -> int:
         return self._config.micro_batch_size * self._config.sequence_length
 
     def _batch(self, step: int) -> list[Pair]:
-        size, total = self._config.global_batch_size, len(self.pairs)
-        places = range(step * size, (step + 1) * size)
-        return [self.pairs[_epoch_order(self._seed, place // total, total)[place % total]] for place in places]
+        size, total = self._config.global_batch_size, len(self._rows)
+        order: list[int] = []
+        for epoch in range(step * size // total, ((step + 1) * size - 1) // total + 1):
+            order += [self._rows[i] for i in np.random.default_rng([self._seed, epoch]).permutation(total)]
+        first = step * size % total
+        return [self.pairs[row] for row in order[first : first + size]]
 
     def micro_batches(self, step: int) -> list[PairMicroBatch]:
         batch = self._batch(step)
@@ -89,67 +104,108 @@ class RpoStep:
         inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend)
         return chunk(**inputs), partial(self._loss, micro_batch)
 
-    def _loss(self, micro_batch: PairMicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _loss(self, micro_batch: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
         device = output[0].device
         count = torch.tensor(len(micro_batch.rows), dtype=torch.int32, device=device)
+        pairs = [self.pairs[row] for row in micro_batch.rows]
         tokens = {
             "tokens": torch.tensor(len(micro_batch.tokens)),
-            "unshared_tokens": torch.tensor(sum(self._unshared_tokens[row] for row in micro_batch.rows)),
+            "pair_tokens": torch.tensor(sum(pair.packed_length(share_prompt=self._share_prompt) for pair in pairs)),
+            "unshared_tokens": torch.tensor(sum(pair.packed_length(share_prompt=False) for pair in pairs)),
         }
-        if not micro_batch.rows:
-            zeros = dict.fromkeys(("loss", *_NAMES), torch.zeros(()))
+        if not pairs:
+            zeros = dict.fromkeys(("loss", "abs_margin", *_NAMES), torch.zeros(()))
             return output[0].sum() * 0.0, count, {"count": count, **tokens, **zeros}
-        logprobs = sum_by_response(output[0], micro_batch)
         reference = [self._reference.get(row, (0.0, 0.0)) for row in micro_batch.rows]
-        pairs = PairLogprobs(
-            **logprobs,
+        logprobs = PairLogprobs(
+            **sum_by_response(output[0], micro_batch),
             reference_chosen=torch.tensor([chosen for chosen, _ in reference], device=device),
             reference_rejected=torch.tensor([rejected for _, rejected in reference], device=device),
         )
-        loss, metrics = rpo_loss(pairs, self._config.loss)
-        weights = torch.tensor([self._weight[row] for row in micro_batch.rows], device=device)
+        loss, metrics = rpo_loss(logprobs, self._config.loss)
+        weights = torch.tensor([pair.weight for pair in pairs], device=device)
         total = (loss * weights).sum()
-        sums = {name: metrics[name].sum() for name in _NAMES}
+        sums = {name: metrics[name].sum() for name in _NAMES} | {"abs_margin": metrics["margin"].abs().sum()}
         return total, count, {"loss": total.detach(), "count": count, **tokens, **sums}
 
     def consumed(self, step: int) -> list[Any]:
         return [pair.row for pair in self._batch(step)]
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """Means over the batch's pairs, `loss` weighted; `tokens` counts padding, `tokens_saved` is by sharing."""
         count = max(sums["count"], 1)
-        means = {name: sums[name] / count for name in ("loss", *_NAMES)}
-        return {**means, "pairs": sums["count"], "tokens": sums["tokens"], "unshared_tokens": sums["unshared_tokens"]}
+        names = _NAMES if self._reference else [name for name in _NAMES if name not in _AGAINST_REFERENCE]
+        return {
+            **{name: sums[name] / count for name in ("loss", "abs_margin", *names)},
+            "pairs": sums["count"],
+            "tokens": sums["tokens"],
+            "unshared_tokens": sums["unshared_tokens"],
+            "tokens_saved": sums["unshared_tokens"] - sums["pair_tokens"],
+        }
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
+        guard = self._config.rpo_guard
         if step == 0 and self._reference:
             self._check_start(metrics)
-        if abs(metrics["margin"]) > self._config.rpo_guard.max_margin:
+        if abs(metrics["margin"]) > guard.max_margin:
             raise UserError(
-                f"rpo: the mean margin is {metrics['margin']:.4g}, beyond rpo_guard.max_margin="
-                f"{self._config.rpo_guard.max_margin:g}; lower the learning rate or raise beta"
+                f"rpo: the mean margin is {metrics['margin']:.4g}, beyond rpo_guard.max_margin={guard.max_margin:g}; "
+                "lower the learning rate or raise beta"
             )
-        self._falling = self._falling + 1 if metrics["chosen_reward"] < min(self._last_chosen, 0.0) else 0
-        self._last_chosen = metrics["chosen_reward"]
-        if self._falling == self._config.rpo_guard.chosen_fall_steps:
+        if metrics["grad_norm"] > guard.max_grad_norm:
+            raise UserError(
+                f"rpo: the gradient norm is {metrics['grad_norm']:.4g}, beyond rpo_guard.max_grad_norm="
+                f"{guard.max_grad_norm:g}; lower the learning rate, or look at step {step + 1}'s pairs in the ledger"
+            )
+        if self._reference:
+            self._watch_chosen(metrics["chosen_reward"])
+
+    def _watch_chosen(self, reward: float) -> None:
+        """Warn when, over the guard's steps, chosen log-probs fell and ended below the reference's."""
+        rewards = self._chosen_rewards
+        rewards.append(reward)
+        if len(rewards) < max(rewards.maxlen or 0, 2):
+            return
+        middle = len(rewards) // 2
+        before, after = fmean(list(rewards)[:middle]), fmean(list(rewards)[middle:])
+        if after < min(before, 0.0):
             log.warning(
-                "the chosen log-probability has fallen for %d steps (likelihood displacement, arXiv 2410.08847): "
-                "raise loss.alpha or lower the learning rate",
-                self._falling,
+                "the chosen log-probability has fallen over the last %d steps and is below the reference's "
+                "(likelihood displacement, arXiv 2410.08847): raise loss.alpha or lower the learning rate",
+                len(rewards),
             )
+            rewards.clear()
 
     def _check_start(self, metrics: dict[str, float]) -> None:
         """Before the first update the policy is the reference: any margin means that one of them is wrong."""
-        if abs(metrics["margin"]) > _ZERO_MARGIN[self._dtype]:
+        per_token = _ZERO_MARGIN_FP8 if self._quantized else _ZERO_MARGIN[self._dtype]
+        tolerance = per_token * (metrics["chosen_tokens"] + metrics["rejected_tokens"])
+        if metrics["abs_margin"] > tolerance:
             raise UserError(
-                f"rpo: the mean margin before the first update is {metrics['margin']:.4g}, not 0; the reference "
-                "log-probabilities are not those of this model"
+                f"rpo: the mean |margin| before the first update is {metrics['abs_margin']:.4g}, not 0 (to "
+                f"{tolerance:.2g}); the reference log-probabilities are not those of this model"
             )
-        if self._config.loss.kind == "rpo" and abs(metrics["preference_loss"] - math.log(2)) > 0.05:
-            raise UserError(f"rpo: the preference loss starts at {metrics['preference_loss']:.4f}, not ln 2")
+        loss = self._config.loss
+        if loss.kind == "rpo" and abs(metrics["preference_loss"] - math.log(2)) > loss.beta * tolerance:
+            raise UserError(f"rpo: the preference loss starts at {metrics['preference_loss']:.6f}, not ln 2")
 
     def validate(self, chunks: list[nn.Module]) -> dict[str, float]:
         return {}
 
 
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def _report_pairs(pair_set: PairSet, path: Path) -> None:
+    """Leave beside the metrics which pairs train, which do not and why; say so in the log."""
+    report = pair_set.report()
+    write_json(path, report)
+    log.info(
+        "%d pairs; sharing prompts saves %.1f %% of their tokens", report["pairs"], 100 * report["saved_by_sharing"]
+    )
+    for reason, count in report["dropped"].items():
+        log.warning("dropped %d pairs: %s (rows in %s)", count, reason, path)
+    if report["near_identical"]:
+        log.warning(
+            "%d pairs have nearly identical answers, where likelihood displacement is worst (arXiv 2410.08847): "
+            "see %s; rpo_guard.min_edit_distance drops them",
+            report["near_identical"],
+            path,
+        )

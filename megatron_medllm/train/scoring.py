@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_medllm.config.run import RunConfig
-from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.data.pairs import Pair, PairSet, load_pairs, pack_pairs, plan_micro_batches
+from megatron_medllm.config.train import AdapterConfig, RpoConfig
+from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet, load_pairs, pack_pairs, plan_micro_batches
 from megatron_medllm.data.reference import ReferenceCache, ReferenceKey, digest_pairs
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
@@ -25,10 +26,34 @@ log = logging.getLogger(__name__)
 _PAIRS_PER_PART = 1024
 
 
+def shares_prompt(run: RunConfig, config: RpoConfig) -> bool:
+    """Whether both responses stand behind one copy of their prompt; the te backend's kernels cannot mask that."""
+    return config.share_prompt and run.model.backend == "torch"
+
+
 def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
-    """The pairs of a run, tokenized with its model's tokenizer."""
+    """The pairs of a run, tokenized with its model's tokenizer.
+
+    Raises:
+        UserError: as `load_pairs`, or a token lies outside the model's vocabulary.
+    """
     capacity = config.micro_batch_size * config.sequence_length
-    return load_pairs(config, run.tokenizer_dir(), cut_length=capacity)
+    share = shares_prompt(run, config)
+    pair_set = load_pairs(config, run.tokenizer_dir(), cut_length=capacity, share_prompt=share)
+    vocab_size = run.model.resolve_shape().vocab_size
+    for pair in pair_set.pairs:
+        largest = max(int(ids.max()) for ids in (pair.prompt, pair.chosen.ids, pair.rejected.ids))
+        if largest >= vocab_size:
+            raise UserError(
+                f"{config.pairs}:{pair.row + 1}: token {largest}, but the model's vocabulary has {vocab_size}: "
+                f"{run.tokenizer_dir()} is not its tokenizer"
+            )
+    return pair_set
+
+
+def quantized_base(config: RpoConfig) -> AdapterConfig | None:
+    """The adapter whose base is not held in the model's own dtype, so that it is a reference of its own."""
+    return config.adapter if config.adapter is not None and config.adapter.base != "bf16" else None
 
 
 def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
@@ -39,7 +64,15 @@ def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> Refer
     """
     if run.model.path is None:
         raise UserError("model.path: the reference must be a model directory, not random weights")
-    return ReferenceKey(weights=digest_weights(run.model.path), pairs=digest_pairs(pair_set), dtype=run.model.dtype)
+    adapter = quantized_base(config)
+    return ReferenceKey(
+        weights=digest_weights(run.model.path),
+        pairs=digest_pairs(pair_set),
+        template=config.template,
+        tokenizer=digest_file(run.tokenizer_file()),
+        dtype=run.model.dtype,
+        base=adapter.base if adapter is not None else f"{config.fp8_gemms} products" if config.fp8_gemms else "dense",
+    )
 
 
 def digest_weights(hf_dir: Path) -> str:
@@ -62,8 +95,11 @@ def score(run: RunConfig) -> Path:
     config = run.rpo
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
-        chunks = build_chunks(run, ranks, adapter=None)
         pair_set = load_run_pairs(run, config)
+        # A new adapter's B is zero: under it, a quantized base gives the numbers that the policy will start from.
+        chunks = build_chunks(run, ranks, adapter=quantized_base(config), fp8=config.fp8_gemms)
+        for chunk in chunks:
+            chunk.eval()
         cache = ReferenceCache(config.reference or run.run_dir / "reference")
         done: list[Any] = [None]
         if ranks.is_main:
@@ -88,7 +124,7 @@ def _score_part(
     pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime, chunks: list
 ) -> dict[str, np.ndarray]:
     """Log-probabilities and lengths of some pairs, gathered from all replicas."""
-    share = config.share_prompt and run.model.backend == "torch"
+    share = shares_prompt(run, config)
     capacity = config.micro_batch_size * config.sequence_length
     lengths = [pair.packed_length(share_prompt=share) for pair in pairs]
     plan = plan_micro_batches(lengths, capacity=capacity, replicas=ranks.dp_size)
@@ -114,10 +150,9 @@ def _score_part(
     return {"row": np.array(order), **{name: values[:, i] for i, name in enumerate(names)}}
 
 
-def _collect(stream: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=output[0].device)
-    if not stream.rows:
-        return output[0].sum(), count, {"rows": {}}
-    sums = sum_by_response(output[0], stream)
+def _collect(stream: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
+    token_logprobs = output[0]
+    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=token_logprobs.device)
+    sums = sum_by_response(token_logprobs, stream)
     columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
-    return output[0].sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}
+    return token_logprobs.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}

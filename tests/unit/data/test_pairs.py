@@ -1,6 +1,7 @@
 """Preference pairs: what a stream looks like, token for token, and how streams are spread."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,9 +73,7 @@ def tokenizer_dir(tmp_path):
 
 
 def config(path, **changes):
-    return RpoConfig(
-        pairs=path, optimizer=OptimizerConfig(lr=1e-3), sequence_length=64, global_batch_size=1, **changes
-    )
+    return RpoConfig(pairs=path, optimizer=OptimizerConfig(lr=1e-3), sequence_length=64, global_batch_size=1, **changes)
 
 
 def write(tmp_path, *rows):
@@ -135,25 +134,30 @@ def test_bad_rows_are_named(tokenizer_dir, tmp_path, row, message):
 
 def test_reference_cache_returns_what_was_written_and_refuses_another_key(tmp_path):
     cache = ReferenceCache(tmp_path / "reference")
-    key = ReferenceKey(weights="w", pairs="p", dtype="float32")
+    key = ReferenceKey(weights="w", pairs="p", template="plain", tokenizer="t", dtype="float32", base="dense")
     assert cache.open_for_writing(key) == set()
-    columns = {"row": np.array([0, 7]), "chosen_logprob": np.array([-1.5, -2.0]), "rejected_logprob": np.array([-3.0, -4.0]),
-               "chosen_tokens": np.array([2.0, 1.0]), "rejected_tokens": np.array([3.0, 1.0])}  # fmt: skip
+    columns = {
+        "row": np.array([0, 7]),
+        "chosen_logprob": np.array([-1.5, -2.0]),
+        "rejected_logprob": np.array([-3.0, -4.0]),
+        "chosen_tokens": np.array([2.0, 1.0]),
+        "rejected_tokens": np.array([3.0, 1.0]),
+    }
     cache.write_part(0, columns)
     assert cache.open_for_writing(key) == {0, 7}
     assert cache.load(key, [7, 0]) == {7: (-2.0, -4.0), 0: (-1.5, -3.0)}
     with pytest.raises(UserError, match="computed with other weights, dtype"):
-        cache.load(ReferenceKey(weights="v", pairs="p", dtype="bfloat16"), [0])
+        cache.load(replace(key, weights="v", dtype="bfloat16"), [0])
     with pytest.raises(UserError, match="1 of 2 pairs have no reference"):
         cache.load(key, [0, 3])
-    assert cache.open_for_writing(ReferenceKey(weights="v", pairs="p", dtype="float32")) == set()
+    assert cache.open_for_writing(replace(key, weights="v")) == set()
 
 
 def test_the_digest_of_pairs_sees_every_token_and_mask():
     from megatron_medllm.data.pairs import PairSet
 
     digests = {
-        digest_pairs(PairSet([pair], []))
+        digest_pairs(PairSet([pair], [], []))
         for pair in (
             FIRST,
             Pair(0, np.array([1, 2, 4]), FIRST.chosen, FIRST.rejected, 1.0),

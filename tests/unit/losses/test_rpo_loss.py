@@ -10,7 +10,9 @@ from megatron_medllm.config.train import RpoLossConfig
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 
 
-def pairs(chosen=(-10.0,), rejected=(-12.0,), reference=((-11.0,), (-11.5,)), tokens=((5.0,), (4.0,)), dtype=torch.float64):
+def pairs(
+    chosen=(-10.0,), rejected=(-12.0,), reference=((-11.0,), (-11.5,)), tokens=((5.0,), (4.0,)), dtype=torch.float64
+):
     def t(values):
         return torch.tensor(values, dtype=dtype)
 
