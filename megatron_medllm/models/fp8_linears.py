@@ -5,12 +5,14 @@ each use casts them anew, so checkpoints, DDP and the distributed optimizer see 
 parallelism every rank casts its own slice. Blocks of 128 lie within a slice, so the values are those of one process;
 that is also why a slice that is not whole blocks is refused, on a CPU too, where it could be emulated.
 
-Under sequence parallelism a column layer keeps its whole gathered input for the weight's gradient, one byte a value;
-Megatron-Core's own keeps the rank's part and gathers it again in the backward pass.
+Under sequence parallelism a column layer keeps this rank's part of its input and gathers it again in the backward
+pass, as Megatron-Core's own does: the whole input in FP8 would take tp/2 times the memory.
 """
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -19,9 +21,16 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.kernels.fp8 import fp8_linear
+from megatron_medllm.kernels.fp8 import (
+    fp8_linear,
+    quantize_activation,
+    quantize_weight,
+    scaled_matmul,
+    transpose_fp8,
+)
 from megatron_medllm.kernels.fp8.blocks import BLOCK
 
 
@@ -34,9 +43,10 @@ class FP8ColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
         """[t, 1, k] ([t/tp, 1, k] under sequence parallelism) -> [t, 1, n/tp], and the bias if it is left to others."""
-        enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
         bias, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
-        return fp8_linear(enter(input_, group=self.tp_group), self.weight, bias), left
+        if self.sequence_parallel:
+            return _GatheredLinear.apply(input_, self.weight, bias, self.tp_group), left
+        return fp8_linear(copy_to_tensor_model_parallel_region(input_, group=self.tp_group), self.weight, bias), left
 
 
 class FP8RowParallelLinear(RowParallelLinear):
@@ -57,6 +67,29 @@ class FP8RowParallelLinear(RowParallelLinear):
         if self.bias is None or self.skip_bias_add:
             return y, self.bias
         return y + self.bias, None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """`fp8_linear` on the input gathered from all ranks; its gradient is summed over them and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(part, weight)
+        ctx.group, ctx.bias_dtype = group, None if bias is None else bias.dtype
+        return fp8_linear(gather_from_sequence_parallel_region(part, group=group), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        part, weight = ctx.saved_tensors
+        dy_rows, dy_columns = quantize_activation(dy.flatten(0, 1), columns=True)
+        dx = scaled_matmul(dy_rows, transpose_fp8(quantize_weight(weight)), out_dtype=dy.dtype)
+        dx = reduce_scatter_to_sequence_parallel_region(dx.view(*dy.shape[:-1], -1), group=ctx.group)
+        x = gather_from_sequence_parallel_region(part, group=ctx.group)
+        _, x_columns = quantize_activation(x.flatten(0, 1), columns=True)
+        dw = scaled_matmul(dy_columns, x_columns, out_dtype=torch.float32).to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else dy.float().sum((0, 1)).to(ctx.bias_dtype)
+        return dx, dw, dbias, None
 
 
 def _refuse_part_blocks(weight: nn.Parameter, name: str | None) -> None:
