@@ -18,7 +18,7 @@ class LayoutConfig(Section):
     tp: int = Field(default=1, gt=0, description="tensor parallel")
     pp: int = Field(default=1, gt=0, description="pipeline parallel")
     vpp: int = Field(default=1, gt=0, description="model chunks per pipeline stage (interleaved schedule when > 1)")
-    cp: int = Field(default=1, gt=0, description="context parallel (te backend on GPUs)")
+    cp: int = Field(default=1, gt=0, description="context parallel (planned with; training refuses it)")
     sp: bool = Field(default=False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = True
     recompute: Literal["none", "selective", "full"] = "none"

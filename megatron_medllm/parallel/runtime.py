@@ -56,8 +56,11 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
     if world_size != layout.world_size:
         raise UserError(f"layout needs {layout.world_size} processes, but {world_size} were started")
     cuda = torch.cuda.is_available()
-    if layout.cp > 1 and not cuda:
-        raise UserError(f"layout.cp={layout.cp}: context parallelism needs the te backend on GPUs")
+    if layout.cp > 1:  # every rank would attend over the whole stream as if it were its part
+        raise UserError(
+            f"layout.cp={layout.cp}: documents of a packed stream are not split over context-parallel ranks; for long "
+            "sequences use layout.tp with sp, and recompute"
+        )
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
