@@ -312,16 +312,19 @@ def _pair_stream(pair: Pair, *, share_prompt: bool) -> tuple[MicroBatch, list[tu
     return stream, tails
 
 
-def plan_micro_batches(lengths: list[int], *, capacity: int, replicas: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: list[int], *, capacity: int, replicas: int, rounds_multiple: int = 1
+) -> list[list[list[int]]]:
     """Spread one global batch over replicas: first-fit decreasing into streams, streams dealt by length.
 
     Args:
         lengths: tokens of each pair.
         capacity: tokens of a stream.
         replicas: data-parallel size.
+        rounds_multiple: what the number of streams a replica gets must be a multiple of (interleaved pipelines).
 
     Returns:
-        for every replica the same number of streams (the last may be empty), each a list of indices into `lengths`.
+        for every replica the same number of streams, the last ones possibly empty: lists of indices into `lengths`.
         Depends on nothing but the arguments, so every rank finds the same plan.
     """
     streams: list[list[int]] = []
@@ -334,7 +337,7 @@ def plan_micro_batches(lengths: list[int], *, capacity: int, replicas: int) -> l
             fits = len(streams) - 1
         streams[fits].append(index)
         room[fits] -= lengths[index]
-    rounds = -(-len(streams) // replicas)
+    rounds = -(-len(streams) // (replicas * rounds_multiple)) * rounds_multiple
     plan: list[list[list[int]]] = [[] for _ in range(replicas)]
     loads = [0] * replicas
     for stream, free in sorted(zip(streams, room, strict=True), key=lambda pair: pair[1]):

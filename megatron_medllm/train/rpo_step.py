@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.scoring import load_run_pairs, quantized_base, reference_key, shares_prompt
+from megatron_medllm.train.scoring import load_run_pairs, pack_batch, quantized_base, reference_key, shares_prompt
 
 log = logging.getLogger(__name__)
 
@@ -85,19 +85,7 @@ class RpoStep:
 
     def micro_batches(self, step: int) -> list[PairMicroBatch]:
         batch = self._batch(step)
-        lengths = [pair.packed_length(share_prompt=self._share_prompt) for pair in batch]
-        plan = plan_micro_batches(lengths, capacity=self.stream_length, replicas=self._runtime.dp_size)
-        # A pipeline exchanges tensors of one fixed shape; without one, padding would be wasted work.
-        fixed = self.stream_length if self._runtime.layout.pp > 1 else None
-        return [
-            pack_pairs(
-                [batch[i] for i in stream],
-                share_prompt=self._share_prompt,
-                stream_length=fixed,
-                multiple=self._runtime.layout.tp,
-            )
-            for stream in plan[self._runtime.dp_rank]
-        ]
+        return pack_batch(batch, self._runtime, stream_length=self.stream_length, share_prompt=self._share_prompt)
 
     def forward(self, iterator: Iterator[PairMicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(iterator)

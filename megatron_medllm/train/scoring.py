@@ -81,6 +81,25 @@ def digest_weights(hf_dir: Path) -> str:
     return digest_value({path.name: digest_file(path) for path in files})
 
 
+def pack_batch(
+    pairs: list[Pair], ranks: runtime.Runtime, *, stream_length: int, share_prompt: bool
+) -> list[PairMicroBatch]:
+    """This replica's share of some pairs, as streams of at most `stream_length` tokens."""
+    layout = ranks.layout
+    plan = plan_micro_batches(
+        [pair.packed_length(share_prompt=share_prompt) for pair in pairs],
+        capacity=stream_length,
+        replicas=ranks.dp_size,
+        rounds_multiple=layout.pp if layout.vpp > 1 else 1,
+    )
+    # A pipeline exchanges tensors of one fixed shape; without one, padding would be wasted work.
+    fixed = stream_length if layout.pp > 1 else None
+    return [
+        pack_pairs([pairs[i] for i in stream], share_prompt=share_prompt, stream_length=fixed, multiple=layout.tp)
+        for stream in plan[ranks.dp_rank]
+    ]
+
+
 def score(run: RunConfig) -> Path:
     """Run the reference over the pairs of `run.rpo` and write its log-probabilities. Collective.
 
@@ -126,13 +145,7 @@ def _score_part(
     """Log-probabilities and lengths of some pairs, gathered from all replicas."""
     share = shares_prompt(run, config)
     capacity = config.micro_batch_size * config.sequence_length
-    lengths = [pair.packed_length(share_prompt=share) for pair in pairs]
-    plan = plan_micro_batches(lengths, capacity=capacity, replicas=ranks.dp_size)
-    fixed = capacity if ranks.layout.pp > 1 else None
-    streams = [
-        pack_pairs([pairs[i] for i in stream], share_prompt=share, stream_length=fixed, multiple=ranks.layout.tp)
-        for stream in plan[ranks.dp_rank]
-    ]
+    streams = pack_batch(pairs, ranks, stream_length=capacity, share_prompt=share)
 
     def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         stream = next(iterator)

@@ -60,6 +60,7 @@ def test_plan_fills_streams_and_gives_every_replica_as_many():
     uneven = plan_micro_batches([90, 90, 90], capacity=100, replicas=2)
     assert uneven == [[[0], [2]], [[1], []]]
     assert plan_micro_batches([10], capacity=100, replicas=1) == [[[0]]]
+    assert plan_micro_batches([90, 90, 90], capacity=100, replicas=1, rounds_multiple=2) == [[[0], [1], [2], []]]
 
 
 @pytest.fixture
