@@ -1,0 +1,84 @@
+"""The model on a real GPU: flash attention against SDPA, bf16 and FP8 layers against fp32."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
+from megatron_medllm.parallel import runtime
+from megatron_medllm.parallel.packed import PackedSequences, Segment
+from tests.unit.models.tiny import documents, positions_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SEGMENTS = (Segment(0, 50), Segment(50, 250), Segment(250, 300, 50, 250), Segment(300, 420, 50, 250), Segment(420, 421))
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=256,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=320,
+    vocab_size=512,
+    tie_embeddings=True,
+)
+
+
+def rms(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
+    packed = PackedSequences.from_segments(SEGMENTS, positions_of(SEGMENTS).cuda(), backend="torch")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(421, heads, 128, generator=generator).cuda().bfloat16() for heads in (8, kv_heads, kv_heads)]
+    upstream = torch.randn(421, 8, 128, generator=generator).cuda()
+    upstream[300:420] = 0  # of the second answer: its own keys must get no gradient, the prompt's must
+    results = []
+    for attend, dtype in ((_flash_varlen, torch.bfloat16), (_padded_sdpa, torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(*leaves, packed, 1 / math.sqrt(128))
+        out.backward(upstream.to(dtype))
+        results.append((out, *(leaf.grad for leaf in leaves)))
+    for found, expected in zip(*results, strict=True):
+        assert rms(found, expected) < 0.01
+    assert not results[0][2][300:420].any() and not results[0][3][300:420].any()
+
+
+def test_bf16_and_fp8_models_are_near_the_fp32_one():
+    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+
+    here = runtime.start(LayoutConfig(), seed=0)
+    try:
+        ids = (torch.arange(320) * 7 % 512).cuda()
+        segments = documents(100, 220)
+        packed_positions = positions_of(segments).cuda()
+        found = {}
+        for name, dtype, fp8 in (
+            ("fp32", "float32", None),
+            ("bf16", "bfloat16", None),
+            ("fp8", "bfloat16", "blockwise"),
+        ):
+            model = ModelConfig(shape=SHAPE, dtype=dtype, init_std=0.05, ffn_multiple=128)
+            chunks = build_model(model, LayoutConfig(), device=here.device, fp8=fp8)
+            initialize_weights(chunks, seed=1, tp_rank=0, tp_size=1)
+            chunk = unwrap(chunks[0])
+            packed = PackedSequences.from_segments(segments, packed_positions, backend="torch")
+            logprobs, _ = chunk(
+                ids[None], packed_positions[None], None, labels=ids.roll(-1)[None], packed_seq_params=packed
+            )
+            logprobs.sum().backward()
+            gradient = chunk.decoder.layers[0].mlp.linear_fc1.weight.grad
+            assert not gradient.view(2, 384, 256)[:, 320:].any()
+            found[name] = (logprobs.detach(), gradient)
+        for name, limit in (("bf16", (0.01, 0.03)), ("fp8", (0.06, 0.25))):
+            for value, expected, most in zip(found[name], found["fp32"], limit, strict=True):
+                assert 0 < rms(value, expected) < most, name
+    finally:
+        runtime.stop()
