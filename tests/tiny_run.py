@@ -66,6 +66,24 @@ def cpt_settings(world: Path, run_dir: Path, **changes) -> dict:
     return settings | changes
 
 
+def small_recipe(run_dir: Path, **changes) -> dict:
+    """examples/laptop.yaml, made small."""
+    settings = yaml.safe_load((REPOSITORY / "examples" / "laptop.yaml").read_text())
+    settings["run_dir"] = str(run_dir)
+    settings["model"] = {"shape": SHAPE | {"vocab_size": 1024}, "dtype": "float32", "init_std": 0.1}
+    settings["demo"] |= {
+        "diseases": 16, "known_diseases": 6, "towns": 8, "base_documents": 300, "medical_documents": 300,
+        "exam_questions": 12, "development_questions": 8, "train_questions": 16, "vocab_size": 700,
+    }  # fmt: skip
+    for stage in ("base", "cpt"):
+        settings[stage] |= {"train_tokens": 4 * 1024, "sequence_length": 128, "global_batch_size": 4}
+        settings[stage].pop("epochs", None)
+    settings["rpo"] |= {"epochs": 1, "global_batch_size": 4}
+    settings["pairs"]["sampling"] |= {"samples": 1, "answer_only_samples": 1}
+    settings["pairs"]["filters"] = {"truncated": False, "max_length_ratio": 100.0, "min_japanese": 0.0}
+    return settings | changes
+
+
 def run_config(settings: dict) -> RunConfig:
     return RunConfig.model_validate(settings)
 

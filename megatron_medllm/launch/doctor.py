@@ -48,7 +48,7 @@ EXTRAS = (
         "transformer-engine",
         "transformer_engine",
         ("transformer-engine", "transformer_engine"),
-        "fused layers, FP8 GEMMs, context parallelism and communication overlap (model.backend=te)",
+        "fused layers, FP8 GEMMs and communication overlap (model.backend=te)",
         "use an NGC PyTorch container, or on a CUDA machine: tools/build_cuda_extras.sh te",
     ),
     Extra(

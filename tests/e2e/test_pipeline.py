@@ -6,26 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from tiny_run import REPOSITORY, SHAPE, medllm, run_medllm, write_recipe
-
-
-def recipe(run_dir: Path, **changes) -> dict:
-    """examples/laptop.yaml, made small."""
-    settings = yaml.safe_load((REPOSITORY / "examples" / "laptop.yaml").read_text())
-    settings["run_dir"] = str(run_dir)
-    settings["model"] = {"shape": SHAPE | {"vocab_size": 1024}, "dtype": "float32", "init_std": 0.1}
-    settings["demo"] |= {
-        "diseases": 16, "known_diseases": 6, "towns": 8, "base_documents": 300, "medical_documents": 300,
-        "exam_questions": 12, "development_questions": 8, "train_questions": 16, "vocab_size": 700,
-    }  # fmt: skip
-    for stage in ("base", "cpt"):
-        settings[stage] |= {"train_tokens": 4 * 1024, "sequence_length": 128, "global_batch_size": 4}
-        settings[stage].pop("epochs", None)
-    settings["rpo"] |= {"epochs": 1, "global_batch_size": 4}
-    settings["pairs"]["sampling"] |= {"samples": 1, "answer_only_samples": 1}
-    settings["pairs"]["filters"] = {"truncated": False, "max_length_ratio": 100.0, "min_japanese": 0.0}
-    return settings | changes
+from tiny_run import SHAPE, medllm, run_medllm, small_recipe, write_recipe
 
 
 def stages(run_dir: Path) -> dict[str, tuple[str, float]]:
@@ -37,7 +18,7 @@ def stages(run_dir: Path) -> dict[str, tuple[str, float]]:
 def finished(tmp_path_factory):
     """A finished run: its recipe, its directory and what it printed."""
     directory = tmp_path_factory.mktemp("pipeline")
-    path = write_recipe(recipe(directory / "run"), directory / "recipe.yaml")
+    path = write_recipe(small_recipe(directory / "run"), directory / "recipe.yaml")
     status, output = run_medllm("pipeline", path, timeout_s=500)
     assert status == 0, output
     return path, directory / "run", output
@@ -83,7 +64,7 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(finished):
 
 def test_a_failing_stage_names_its_log(finished, tmp_path):
     _, run_dir, _ = finished
-    broken = write_recipe(recipe(run_dir, tokenizer=str(tmp_path)), tmp_path / "broken.yaml")
+    broken = write_recipe(small_recipe(run_dir, tokenizer=str(tmp_path)), tmp_path / "broken.yaml")
     status, output = run_medllm("pipeline", broken)
     assert status == 2
     assert "stage base failed" in output and "base.log" in output
@@ -92,7 +73,7 @@ def test_a_failing_stage_names_its_log(finished, tmp_path):
 
 
 def test_interrupted_in_training_it_goes_on(tmp_path):
-    settings = recipe(tmp_path / "run")
+    settings = small_recipe(tmp_path / "run")
     settings["base"] |= {"train_tokens": 60 * 512, "checkpoint": {"every_steps": 10}}
     settings |= {"cpt": None, "pairs": None, "rpo": None, "eval": None}
     path = write_recipe(settings, tmp_path / "recipe.yaml")
