@@ -1,0 +1,380 @@
+"""RPO against TRL's DPOTrainer on a CPU: pairs' tokens/s and peak memory, and what each part of ours is worth.
+
+Pairs are made of the pharmacist exam (YakugakuQA): the question, its own explanation as chosen and another question's
+as rejected. Every row of the table is a process of its own, all on the same threads, model, pairs, order and batches.
+A pair's tokens are counted once for all rows, as two documents without padding, so tokens/s compare pairs per second.
+
+    python tools/bench_rpo.py --data DIR --document docs/benchmarks/rpo.md
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ALPHA, BETA, LR = 1.0, 0.1, 1e-5
+ROWS = {
+    "ours": "packed, shared prompt, cached reference, fused head",
+    "TRL, precomputed": "DPOTrainer, reference precomputed, no gradient checkpointing",
+    "TRL, default": "DPOTrainer, reference run at every step, no gradient checkpointing",
+    "ours, side by side": "each answer behind its own copy of the prompt",
+    "ours, logits written out": "the head makes logits of all rows, as transformers does",
+    "TRL, lean": "precomputed, gradient checkpointing, one pair a forward pass",
+}
+
+
+def main() -> int:
+    """Measure every row, print the table, write the document where asked."""
+    default_data = Path(__file__).parents[2] / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDLLM_SHARED_DATA", default_data)))
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=3, help="the first warms up and is not counted")
+    parser.add_argument("--threads", type=int, default=1, help="1: threads that wait for each other spin")
+    parser.add_argument("--document", type=Path)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.row:
+        measure = measure_trl if arguments.row.startswith("TRL") else measure_ours
+        print(json.dumps(measure(arguments)))
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        arguments.work = Path(directory)
+        facts = prepare(arguments)
+        results = {row: in_new_process(row, arguments) for row in ROWS}
+    check_agreement(results)
+    lines = table(results, facts)
+    print("\n".join(lines))
+    if arguments.document:
+        write_document(arguments.document, lines, facts, arguments)
+    return 0
+
+
+def in_new_process(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", __file__, "--row", row]
+    for name in ("work", "batch", "steps", "threads"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{row}: {done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(row, found, file=sys.stderr, flush=True)
+    return found
+
+
+# --- model and pairs
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write model and pairs into the work folder, score them, and fix the order of the pairs for all rows."""
+    import numpy as np
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from megatron_medllm.train.scoring import score
+
+    source = arguments.data / "qwen2.5-tokenizer"
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    fast = PreTrainedTokenizerFast.from_pretrained(source)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=fast.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(arguments.work / "hf")
+    fast.save_pretrained(arguments.work / "hf")
+    batch, count = arguments.batch, arguments.batch * arguments.steps
+    pairs = exam_pairs(arguments.data / "yakugakuqa", tokenizer, count)
+    (arguments.work / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = run_config(arguments, shared=True)
+    started, cpu = time.monotonic(), cpu_seconds()
+    score(run)
+    scoring = {"cpu_s": cpu_seconds() - cpu, "wall_s": time.monotonic() - started}
+    order = np.random.default_rng([run.seed, 0]).permutation(count).tolist()  # as RpoStep draws an epoch
+    (arguments.work / "order.json").write_text(json.dumps([pairs[i] for i in order]))
+    ids = [{name: len(tokenizer.encode(pairs[i][name]).ids) for name in pairs[i]} for i in order]
+    measured = ids[batch:]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "pairs": len(measured),
+        "prompt_tokens": sum(p["prompt"] for p in ids) / len(ids),
+        "answer_tokens": sum(p["chosen"] + p["rejected"] + 2 for p in ids) / len(ids) / 2,
+        "tokens": sum(2 * p["prompt"] + p["chosen"] + p["rejected"] for p in measured),
+        "shared_tokens": sum(p["prompt"] + p["chosen"] + p["rejected"] for p in measured),
+        "padded_tokens": sum(
+            padded(measured[i : i + arguments.batch]) for i in range(0, len(measured), arguments.batch)
+        ),
+        "scoring": scoring,
+        "scored_pairs": count,
+    }
+
+
+def padded(batch: list[dict[str, int]]) -> int:
+    """Tokens of a batch when every answer with its prompt is padded to the longest."""
+    return 2 * len(batch) * max(pair["prompt"] + max(pair["chosen"], pair["rejected"]) for pair in batch)
+
+
+def exam_pairs(folder: Path, tokenizer: Any, count: int) -> list[dict[str, str]]:
+    """The first questions with a prompt of 150 to 400 tokens and an explanation of 50 to 400."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl"), reverse=True):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if not row["text_only"] or not isinstance(row["choices"], list) or not row.get("comment"):
+                continue
+            choices = "\n".join(f"{i}. {choice}" for i, choice in enumerate(row["choices"], start=1))
+            prompt, comment = f"問題: {row['problem_text']}\n{choices}\n考察:\n", row["comment"].strip()
+            prompt_tokens, tokens = (len(tokenizer.encode(text).ids) for text in (prompt, comment))
+            if 150 <= prompt_tokens <= 400 and 50 <= tokens <= 400:
+                found.append((prompt, comment))
+            if len(found) == count + 1:
+                return [
+                    {"prompt": found[i][0], "chosen": found[i][1], "rejected": found[i + 1][1]} for i in range(count)
+                ]
+    raise RuntimeError(f"{folder}: fewer than {count + 1} fitting questions")
+
+
+# --- the two sides
+
+
+def run_config(arguments: argparse.Namespace, *, shared: bool) -> Any:
+    from megatron_medllm.config.run import RunConfig
+
+    training = {
+        "pairs": str(arguments.work / "pairs.jsonl"),
+        "reference": str(arguments.work / "reference"),
+        "sequence_length": 2048,
+        "global_batch_size": arguments.batch,
+        "share_prompt": shared,
+        "loss": {"beta": BETA, "alpha": ALPHA},
+        "optimizer": {"lr": LR, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0},
+    }
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(arguments.work),
+            "stage": "rpo",
+            "model": {"path": str(arguments.work / "hf"), "dtype": "float32"},
+            "rpo": training,
+        }
+    )
+
+
+def measure_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    from megatron_medllm.models import qwen25
+    from megatron_medllm.parallel import mcore, runtime
+    from megatron_medllm.parallel.reduce import sum_metrics
+    from megatron_medllm.train.setup import build_trainer
+
+    if arguments.row == "ours, logits written out":
+        qwen25.fused_linear_logprob = written_out  # type: ignore[assignment]
+    run = run_config(arguments, shared=arguments.row != "ours, side by side")
+    held_kib = memory_kib("VmRSS")
+    ranks = runtime.start(run.layout, seed=0)
+    trainer = build_trainer(run, ranks)
+    step, clock, metrics = trainer.step, StepTimes(), []
+    for index in range(arguments.steps):
+        clock.begin()
+        for chunk in trainer.chunks:
+            chunk.zero_grad_buffer()
+        trainer.optimizer.zero_grad()
+        parts = mcore.run_micro_batches(
+            step.forward, trainer.chunks, step.micro_batches(index), stream_length=step.stream_length
+        )
+        metrics.append(step.summarize(sum_metrics(parts, step.metric_names, ranks)))
+        mcore.clip_and_step(trainer.optimizer, clip_grad=1.0)
+        clock.end()
+    runtime.stop()
+    return clock.result(held_kib) | {
+        "tokens": sum(m["tokens"] for m in metrics[1:]),
+        "chosen_logprob": metrics[0]["chosen_logprob"],
+        "last_margin": BETA * metrics[-1]["margin"],
+    }
+
+
+def written_out(hidden: Any, weight: Any, target: Any, *, valid_vocab: int, **_: Any) -> tuple[Any, Any]:
+    """The head as a plain product: logits of every row, in fp32."""
+    logits = hidden @ weight[:valid_vocab].t()
+    lse = logits.logsumexp(-1)
+    counted = target >= 0
+    logprobs = logits.gather(1, target.clamp(min=0)[:, None])[:, 0] - lse
+    return logprobs * counted, lse * counted
+
+
+def measure_trl(arguments: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    clock = StepTimes()
+
+    class Timed(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.end()
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    held_kib = memory_kib("VmRSS")
+    pairs = json.loads((arguments.work / "order.json").read_text())
+    lean = arguments.row == "TRL, lean"
+    settings = DPOConfig(
+        output_dir=str(arguments.work / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+        disable_tqdm=True, logging_steps=1, num_train_epochs=1, max_length=None, seed=0, dataloader_pin_memory=False,
+        loss_type=["sigmoid", "sft"], loss_weights=[1.0, ALPHA], beta=BETA,
+        per_device_train_batch_size=1 if lean else arguments.batch,
+        gradient_accumulation_steps=arguments.batch if lean else 1, gradient_checkpointing=lean,
+        precompute_ref_log_probs=arguments.row != "TRL, default",
+        learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0,
+    )  # fmt: skip
+    trainer = InOrder(
+        model=Qwen2ForCausalLM.from_pretrained(arguments.work / "hf", dtype=torch.float32),
+        args=settings,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(arguments.work / "hf"),
+        callbacks=[Timed()],
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # precomputing is not part of the training's peak
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "logps/chosen" in row]
+    return clock.result(held_kib) | {
+        "chosen_logprob": logs[0]["logps/chosen"],
+        "last_margin": logs[arguments.steps - 1]["rewards/margins"],
+    }
+
+
+class StepTimes:
+    """Wall and CPU seconds of steps; the first warms up."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[float, float]] = []
+        self._started = (0.0, 0.0)
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._started = (time.monotonic(), cpu_seconds())
+
+    def end(self) -> None:
+        """End it."""
+        self._steps.append((time.monotonic() - self._started[0], cpu_seconds() - self._started[1]))
+
+    def result(self, held_kib: int) -> dict[str, float]:
+        """Seconds of the counted steps, and the process's peak over what it held after its imports."""
+        wall, cpu = (sum(values) for values in zip(*self._steps[1:], strict=True))
+        return {"wall_s": wall, "cpu_s": cpu, "peak_mib": (memory_kib("VmHWM") - held_kib) / 1024}
+
+
+# --- the report
+
+
+def check_agreement(results: dict[str, dict]) -> None:
+    """All rows must see the same log-probs at the start, and move alike."""
+    expected = results["ours"]
+    for row, found in results.items():
+        if abs(found["chosen_logprob"] - expected["chosen_logprob"]) > 1e-4 * abs(expected["chosen_logprob"]):
+            raise RuntimeError(f"{row}: chosen log-prob {found['chosen_logprob']}, ours {expected['chosen_logprob']}")
+
+
+def table(results: dict[str, dict], facts: dict[str, Any]) -> list[str]:
+    """Markdown rows, ratios against TRL's."""
+    lines = [
+        "| row | tokens/s (CPU time) | tokens/s (wall) | peak MiB | what it is |",
+        "|---|---|---|---|---|",
+    ]
+    for row, found in results.items():
+        lines.append(
+            f"| {row} | {facts['tokens'] / found['cpu_s']:,.0f} | {facts['tokens'] / found['wall_s']:,.0f} "
+            f"| {found['peak_mib']:,.0f} | {ROWS[row]} |"
+        )
+    lines += [
+        "",
+        "| ours against | speed (CPU time) | speed (wall) | target | memory | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours = results["ours"]
+    for row, target in {"TRL, precomputed": 1.5, "TRL, default": 2.0, "TRL, lean": None}.items():
+        speed, wall = results[row]["cpu_s"] / ours["cpu_s"], results[row]["wall_s"] / ours["wall_s"]
+        memory = results[row]["peak_mib"] / ours["peak_mib"]
+        verdict = "" if target is None else f"{target}x: {'met' if speed >= target else 'missed'}"
+        frugal = "" if target is None else f"1/3: {'met' if memory >= 3 else 'missed'}"
+        lines.append(f"| {row} | {speed:.2f}x | {wall:.2f}x | {verdict} | 1/{memory:.1f} | {frugal} |")
+    scored = facts["scoring"]["cpu_s"] / facts["scored_pairs"] * facts["pairs"]
+    lines += [
+        "",
+        "| part | without it, steps cost (CPU time) | how that was found |",
+        "|---|---|---|",
+        f"| shared prompt | {results['ours, side by side']['cpu_s'] / ours['cpu_s']:.2f}x | the row side by side; "
+        f"{1 - facts['shared_tokens'] / facts['tokens']:.0%} of the tokens saved |",
+        f"| packing | {facts['padded_tokens'] / facts['tokens']:.2f}x the tokens | counted: padded to the batch's longest |",
+        f"| reference cache | {1 + scored / ours['cpu_s']:.2f}x | `medllm score` on as many pairs, start-up included |",
+        f"| fused head | {results['ours, logits written out']['cpu_s'] / ours['cpu_s']:.2f}x; "
+        f"{results['ours, logits written out']['peak_mib'] / ours['peak_mib']:.1f}x the memory | the row with logits |",
+    ]
+    return lines
+
+
+def write_document(path: Path, lines: list[str], facts: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The measurements with what they were taken on."""
+    import trl
+
+    from megatron_medllm.storage import atomic_write
+
+    text = f"""# RPO against TRL's DPOTrainer on a CPU
+
+A random Qwen2 of {facts["parameters"]:,} parameters (4 layers, width 192, the real vocabulary of 151,936, tied), fp32,
+AdamW, loss `sigmoid + sft`. {facts["pairs"]} counted pairs in batches of {arguments.batch}; one batch before them warms
+up. YakugakuQA questions with their own explanation against another question's: {facts["prompt_tokens"]:.0f} prompt and
+{facts["answer_tokens"]:.0f} answer tokens on average. Tokens count each pair as two whole documents, for all rows alike.
+Peak memory is the process's growth over its imports: weights, gradients, optimizer and activations.
+
+{cpu_model()}, threads: {arguments.threads}, torch {torch.__version__}, TRL {trl.__version__}, Python
+{platform.python_version()}. Load average at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores; where it is
+above the number of cores, wall times say little and CPU times are rough. Command:
+`python tools/bench_rpo.py --batch {arguments.batch} --steps {arguments.steps} --document {path}`
+
+"""
+    with atomic_write(path) as stream:
+        stream.write((text + "\n".join(lines) + "\n").encode())
+
+
+def cpu_model() -> str:
+    """As /proc/cpuinfo calls it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def memory_kib(field: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def cpu_seconds() -> float:
+    """User + system time of all threads so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    sys.exit(main())
