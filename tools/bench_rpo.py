@@ -315,6 +315,7 @@ def table(results: dict[str, dict], facts: dict[str, Any]) -> list[str]:
         verdict = "" if target is None else f"{target}x: {'met' if speed >= target else 'missed'}"
         frugal = "" if target is None else f"1/3: {'met' if memory >= 3 else 'missed'}"
         lines.append(f"| {row} | {speed:.2f}x | {wall:.2f}x | {verdict} | 1/{memory:.1f} | {frugal} |")
+    padding = facts["padded_tokens"] / facts["tokens"]
     scored = facts["scoring"]["cpu_s"] / facts["scored_pairs"] * facts["pairs"]
     lines += [
         "",
@@ -322,7 +323,7 @@ def table(results: dict[str, dict], facts: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         f"| shared prompt | {results['ours, side by side']['cpu_s'] / ours['cpu_s']:.2f}x | the row side by side; "
         f"{1 - facts['shared_tokens'] / facts['tokens']:.0%} of the tokens saved |",
-        f"| packing | {facts['padded_tokens'] / facts['tokens']:.2f}x the tokens | counted: padded to the batch's longest |",
+        f"| packing | {padding:.2f}x the tokens | counted: padded to a batch's longest |",
         f"| reference cache | {1 + scored / ours['cpu_s']:.2f}x | `medllm score` on as many pairs, start-up included |",
         f"| fused head | {results['ours, logits written out']['cpu_s'] / ours['cpu_s']:.2f}x; "
         f"{results['ours, logits written out']['peak_mib'] / ours['peak_mib']:.1f}x the memory | the row with logits |",
@@ -341,7 +342,7 @@ def write_document(path: Path, lines: list[str], facts: dict[str, Any], argument
 A random Qwen2 of {facts["parameters"]:,} parameters (4 layers, width 192, the real vocabulary of 151,936, tied), fp32,
 AdamW, loss `sigmoid + sft`. {facts["pairs"]} counted pairs in batches of {arguments.batch}; one batch before them warms
 up. YakugakuQA questions with their own explanation against another question's: {facts["prompt_tokens"]:.0f} prompt and
-{facts["answer_tokens"]:.0f} answer tokens on average. Tokens count each pair as two whole documents, for all rows alike.
+{facts["answer_tokens"]:.0f} answer tokens on average. Tokens count a pair as two whole documents, for all rows alike.
 Peak memory is the process's growth over its imports: weights, gradients, optimizer and activations.
 
 {cpu_model()}, threads: {arguments.threads}, torch {torch.__version__}, TRL {trl.__version__}, Python
