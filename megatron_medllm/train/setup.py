@@ -111,6 +111,7 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
     # What a checkpoint must agree in with the run that resumes from it; paths may differ.
     identity: dict[str, Any] = {
         "stage": run.stage,
+        "seed": run.seed,
         "shape": shape.model_dump(),
         "adapter": adapter and adapter.model_dump(exclude={"path"}, mode="json"),
     }

@@ -176,8 +176,11 @@ def test_adapter_runs_resume_export_and_start_from_peft(tiny_world, tmp_path, re
 
 def test_data_in_another_order_or_tokenizer_are_refused(tiny_world, tmp_path):
     assert train(run_config(cpt_settings(tiny_world, tmp_path, cpt={"train_tokens": 8 * 64}))) == 0
-    with pytest.raises(UserError, match="checkpoint of another run: rows"):
+    with pytest.raises(UserError, match="checkpoint of another run: seed is 3, here 4"):
         train(run_config(cpt_settings(tiny_world, tmp_path, cpt={"train_tokens": 8 * 64}, seed=4)))
+    with pytest.raises(UserError, match="checkpoint of another run: rows"):
+        smaller = {"train_tokens": 4 * 64, "global_batch_size": 4}
+        train(run_config(cpt_settings(tiny_world, tmp_path, cpt=smaller)))
     other = tmp_path / "tokenizer"
     shutil.copytree(tiny_world / "world" / "tokenizer", other)
     spec = json.loads((other / "tokenizer.json").read_text())
