@@ -55,6 +55,17 @@ def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutC
     ]
 
 
+def release(chunks: list[nn.Module]) -> None:
+    """Empty DDP's wrappers, which must not be used afterwards.
+
+    Autograd holds their gradient hooks, and through them the model and every process group, where the garbage collector
+    cannot see it: the groups' threads would outlive their runtime.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel):
+            vars(chunk).clear()
+
+
 def build_optimizer(
     chunks: list[nn.Module], config: TransformerConfig, optimizer: OptimizerConfig, layout: LayoutConfig
 ) -> MegatronOptimizer:

@@ -41,11 +41,14 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
         trainer = build_trainer(run, ranks)
-        first = _resume(trainer) if resume else 0
-        if not _fit(trainer, first):
-            return REQUEUE_EXIT_CODE
-        _export(trainer)
-        return 0
+        try:
+            first = _resume(trainer) if resume else 0
+            if not _fit(trainer, first):
+                return REQUEUE_EXIT_CODE
+            _export(trainer)
+            return 0
+        finally:
+            mcore.release(trainer.chunks)
     finally:
         runtime.stop()
 
