@@ -147,7 +147,7 @@ class _Recipe:
             reference = self._dir / f"reference{suffix}"
             data = (f"rpo.pairs={pairs}", f"rpo.reference={reference}")
             self._add(
-                f"score{suffix}", "score", settings=("rpo.sequence_length", "model", "layout"), outputs=(reference,),
+                f"score{suffix}", "score", settings=SCORE_SETTINGS, outputs=(reference,),
                 after=before, overrides=(*data, *model_overrides(model)),
             )  # fmt: skip
             start, started_by = model, made_by
@@ -171,6 +171,13 @@ class _Recipe:
         )  # fmt: skip
         self._examined.append(name)
 
+
+# What the reference log-probabilities depend on. The optimizer and the loss are not among them.
+SCORE_SETTINGS = (
+    *("model", "layout", "tokenizer", "rpo.adapter", "rpo.fp8", "rpo.fp8_recipe"),
+    *("rpo.sequence_length", "rpo.micro_batch_size", "rpo.share_prompt", "rpo.template", "rpo.add_eos"),
+    *("rpo.mask_patterns", "rpo.too_long", "rpo.rpo_guard"),
+)
 
 # What the preference term is compared with: the NLL alone, and DPO alone.
 CONTROLS = {
