@@ -70,7 +70,8 @@ class _Recipe:
             self._examine("cpt", model, made_by)
         if run.rpo is not None:
             model, made_by = self._preference_rounds(model, made_by)
-        if made_by is not None:
+        last = run.rpo or run.cpt or run.base
+        if made_by is not None and last is not None and last.adapter is None:  # with adapters, training has merged them
             checkpoints, hf_dir = str(self._dir / made_by / "checkpoints"), str(self._dir / "hf")
             self._add("export", "export", checkpoints, hf_dir, "--source", str(model), settings=(),
                       outputs=(self._dir / "hf",), after=(made_by,), with_config=False)  # fmt: skip

@@ -98,7 +98,7 @@ def test_a_dry_run_of_a_72b_recipe_is_the_golden_script(recipe: Path, tmp_path: 
     assert run.cluster is not None
     jobs = recipe_jobs(run, recipe_stages(run, Path("/lustre/runs/cpt72/launch/config.yaml")), run.cluster)
     found = submit(run.run_dir, jobs, run.cluster, config_text="{}", dry_run=True)
-    assert list(found.scripts) == ["cpt"] and not found.job_ids
+    assert list(found.scripts) == ["cpt", "export"] and not found.job_ids
     assert found.scripts["cpt"] == GOLDEN.read_text()
     assert "cpt.sbatch" in submission_report(found)
     assert not run.run_dir.exists()
