@@ -27,10 +27,9 @@ class ReferenceKey:
     dtype: str
     base: str  # how the weights are held: "dense", or the quantized format under an adapter
 
-    def differences(self, other: "ReferenceKey") -> list[str]:
-        """Names of the parts that differ."""
-        mine, theirs = asdict(self), asdict(other)
-        return [name for name in mine if mine[name] != theirs[name]]
+    def differences(self, stored: dict[str, str]) -> list[str]:
+        """Names of the parts in which a stored key differs; all of them where it lacks them."""
+        return [name for name, value in asdict(self).items() if stored.get(name) != value]
 
 
 def digest_pairs(pair_set: PairSet) -> str:
@@ -63,7 +62,7 @@ class ReferenceCache:
             rows that are already there.
         """
         key_path = self.directory / KEY_NAME
-        if key_path.is_file() and ReferenceKey(**read_json(key_path)) != key:
+        if key_path.is_file() and read_json(key_path) != asdict(key):
             for part in self.directory.glob("part-*.parquet"):
                 part.unlink()
         write_json(key_path, asdict(key))
@@ -83,7 +82,7 @@ class ReferenceCache:
         """
         if not (self.directory / KEY_NAME).is_file():
             raise UserError(f"{self.directory}: no reference log-probabilities; run `medllm score` first")
-        different = ReferenceKey(**read_json(self.directory / KEY_NAME)).differences(key)
+        different = key.differences(read_json(self.directory / KEY_NAME))
         if different:
             raise UserError(
                 f"{self.directory}: stale reference log-probabilities, computed with other {', '.join(different)}; "
