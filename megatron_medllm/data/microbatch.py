@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 
@@ -64,8 +63,3 @@ def concatenate(parts: list[MicroBatch]) -> MicroBatch:
         position_ids=np.concatenate([part.position_ids for part in parts]),
         segments=tuple(shifted),
     )
-
-
-def to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    """A numpy array on the device."""
-    return torch.from_numpy(values).to(device)

@@ -24,8 +24,6 @@ class Runtime:
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
-    is_first_stage: bool
     is_last_stage: bool
 
     @property
@@ -92,8 +90,6 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        is_first_stage=pp_rank == 0,
         is_last_stage=pp_rank == layout.pp - 1,
     )
 
