@@ -57,7 +57,7 @@ def build_chunks(
     if run.model.path is not None:
         load_hf_weights(chunks, run.model.path, run.model.resolve_shape(), **tp)
     else:
-        initialize_weights(chunks, seed=run.seed, **tp)
+        initialize_weights(chunks, seed=run.seed, device=runtime.device, **tp)
     if adapter is not None:
         _add_adapter(chunks, run, adapter, device=runtime.device, **tp)
     return chunks
