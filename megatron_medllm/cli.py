@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
+from megatron_medllm.bench.commands import bench_app
 from megatron_medllm.errors import UserError
 
 app = typer.Typer(
@@ -39,7 +39,6 @@ eval_app = typer.Typer(
     cls=DefaultToRun,
     help="Exams, with and without explanations: `medllm eval CONFIG`, or compare and score below.",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Throughput that can be checked and compared.")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
@@ -125,8 +124,10 @@ def train(
     """Train `stage` (base, cpt or rpo). Exit status 85: saved and stopped early, run it again."""
     if resume not in ("auto", "never"):
         raise UserError(f"--resume {resume}: expected auto or never")
+    from megatron_medllm.train.local_ranks import start_ranks_if_needed
+
     run = _load(config, overrides)
-    _start_ranks_if_needed(run.layout)
+    start_ranks_if_needed(run.layout)
     from megatron_medllm.train.loop import train as train_stage
 
     raise typer.Exit(train_stage(run, resume=resume == "auto"))
@@ -135,19 +136,13 @@ def train(
 @app.command()
 def score(config: Config, overrides: Overrides = None) -> None:
     """Compute the reference log-probabilities of the recipe's preference pairs, once."""
+    from megatron_medllm.train.local_ranks import start_ranks_if_needed
+
     run = _load(config, overrides)
-    _start_ranks_if_needed(run.layout)
+    start_ranks_if_needed(run.layout)
     from megatron_medllm.train.scoring import score as score_pairs
 
     console.print(f"reference log-probabilities in {score_pairs(run)}")
-
-
-def _start_ranks_if_needed(layout: Any) -> None:
-    from megatron_medllm.train.local_ranks import needed, run_ranks
-
-    processes = needed(layout)
-    if processes:
-        raise typer.Exit(run_ranks(sys.argv[1:], processes=processes))
 
 
 @app.command()
@@ -352,67 +347,6 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     from megatron_medllm.launch.status import cancel as cancel_run
 
     console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
-
-
-@bench_app.command("throughput")
-def bench_throughput(
-    config: Config,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="steps of the measured window")] = 10,
-    warmup_steps: Annotated[int, typer.Option(help="steps before it")] = 3,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="random documents instead of the corpora")] = False,
-    document_length: Annotated[int, typer.Option(help="tokens of a synthetic document")] = 1024,
-    hardware: Annotated[str | None, typer.Option(help="device whose peak MFU refers to")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/bench")] = None,
-) -> None:
-    """Measure `stage` as training runs it: tokens/s/GPU, FLOP/s, memory, shares of the step."""
-    run = _load(config, overrides)
-    _start_ranks_if_needed(run.layout)
-    from megatron_medllm.bench.report import throughput_report
-    from megatron_medllm.bench.throughput import BenchSettings, measure
-    from megatron_medllm.storage import read_json
-
-    settings = BenchSettings(
-        output=output or run.run_dir / "bench",
-        warmup_steps=warmup_steps,
-        steps=steps,
-        synthetic=synthetic,
-        document_length=document_length,
-        hardware=hardware,
-    )
-    path = measure(run, settings)
-    if os.environ.get("RANK", "0") == "0":
-        _print_markdown(throughput_report(read_json(path)))
-
-
-@bench_app.command("compare")
-def bench_compare(
-    first: Annotated[Path, typer.Argument(help="throughput.json")],
-    second: Annotated[Path, typer.Argument(help="throughput.json")],
-) -> None:
-    """Put two measurements beside each other, and what differs in their settings."""
-    from megatron_medllm.bench.report import compare_report
-
-    _print_markdown(compare_report(first, second))
-
-
-@bench_app.command("sweep")
-def bench_sweep(
-    config: Config,
-    overrides: Overrides = None,
-    over: Annotated[list[str] | None, typer.Option(help="key=value,value; may be repeated")] = None,
-    steps: Annotated[int, typer.Option(help="steps of every measured window")] = 10,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="random documents instead of the corpora")] = False,
-    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/bench")] = None,
-) -> None:
-    """Measure every combination of settings; one that runs out of memory is a result."""
-    from megatron_medllm.bench.sweep import sweep, sweep_report
-
-    if not over:
-        raise UserError("medllm bench sweep needs --over key=value,value")
-    folder = output or _load(config, overrides).run_dir / "bench"
-    options = ["--steps", str(steps), *(["--synthetic"] if synthetic else [])]
-    _print_markdown(sweep_report(sweep(config, overrides or [], over, folder, options=options)))
 
 
 @app.command()

@@ -5,28 +5,59 @@ from typing import Any
 
 from megatron_medllm.storage import read_json
 
+# What a benchmark counts besides tokens -> how the table calls it
+COUNTS = {
+    "pairs_per_s": "pairs/s",
+    "samples_per_s": "samples/s",
+    "prompt_tokens_per_s": "prompt tokens/s",
+    "loss_tokens_per_s": "tokens/s with a loss",
+}
+
 
 def throughput_report(result: dict[str, Any]) -> str:
     """One result as a Markdown table with its circumstances."""
     facts, times = result["environment"], result["step_time_s"]
     parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in result["parts_s"].items())
     rows = [
+        ("measured", ", ".join([result["bench"], *_subject(result)])),
         ("tokens/s/GPU", f"{result['tokens_per_s_per_gpu']:,.1f}"),
         ("tokens/s/GPU, padding included", f"{result['padded_tokens_per_s_per_gpu']:,.1f}"),
         ("tokens/s", f"{result['tokens_per_s']:,.1f}"),
-        *([("pairs/s", f"{result['pairs_per_s']:,.2f}")] if "pairs_per_s" in result else []),
+        *((label, f"{result[name]:,.2f}") for name, label in COUNTS.items() if name in result),
         ("step", f"{times['median'] * 1e3:,.1f} ms (min {times['min'] * 1e3:,.1f}, max {times['max'] * 1e3:,.1f})"),
         ("of it (medians)", parts),
         *((f"TFLOP/s/GPU ({n})", f"{rate / 1e12:,.4g}") for n, rate in result["flops_per_s_per_gpu"].items()),
         *((f"MFU ({n})", f"{100 * share:.1f} %") for n, share in result.get("mfu", {}).items()),
-        ("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB (rank 0)"),
+        *(
+            [("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB (rank 0)")]
+            if "peak_memory_bytes" in result
+            else []
+        ),
         ("window", f"{result['steps']} steps after {result['warmup_steps']} of warm-up"),
-        ("data", "synthetic" if result["synthetic"] else "the recipe's"),
+        ("data", _data(result["synthetic"])),
         ("device", f"{result['world_size']} x {facts['device']} ({facts['device_type']})"),
         ("code", f"{facts['git_revision'][:12] or 'unknown'}, {facts['git_changed_files']} changed files"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _subject(result: dict[str, Any]) -> list[str]:
+    """What was at work: a stage of training in a precision, or an inference engine that writes the tokens counted."""
+    if "engine" in result:
+        return [
+            "tokens are those written",
+            " ".join(str(result["engine"][n]) for n in ("engine", "dtype") if n in result["engine"]),
+        ]
+    workload = result["workload"]
+    return [result["stage"], workload["mode"], workload["precision"]]
+
+
+def _data(synthetic: dict[str, int] | None) -> str:
+    if synthetic is None:
+        return "the recipe's"
+    lengths = ", ".join(f"{name.removesuffix('_length')} {tokens}" for name, tokens in synthetic.items())
+    return f"synthetic (mean tokens: {lengths}), random weights"
 
 
 def compare_report(first: Path, second: Path) -> str:
@@ -37,7 +68,8 @@ def compare_report(first: Path, second: Path) -> str:
     """
     a, b = read_json(first), read_json(second)
     lines = [f"| | {first} | {second} | change |", "|---|---|---|---|"]
-    for name, better in (("tokens_per_s_per_gpu", "higher"), ("pairs_per_s", "higher"), ("peak_memory_bytes", "lower")):
+    directions = {"tokens_per_s_per_gpu": "higher", **dict.fromkeys(COUNTS, "higher"), "peak_memory_bytes": "lower"}
+    for name, better in directions.items():
         if name in a and name in b:
             change = 100 * (b[name] / a[name] - 1)
             lines.append(f"| {name} ({better} is better) | {a[name]:,.1f} | {b[name]:,.1f} | {change:+.1f} % |")

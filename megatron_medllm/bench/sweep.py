@@ -26,8 +26,10 @@ def grid(axes: list[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*choices))
 
 
-def sweep(config: Path, overrides: list[str], axes: list[str], output: Path, *, options: list[str]) -> list[dict]:
-    """Run `medllm bench throughput` for every combination, each in a process of its own.
+def sweep(
+    config: Path, overrides: list[str], axes: list[str], output: Path, *, what: str, options: list[str]
+) -> list[dict]:
+    """Run `medllm bench WHAT` for every combination, each in a process of its own.
 
     Results so far are kept in OUTPUT/sweep.json; a combination that is there already is not run again.
 
@@ -36,7 +38,8 @@ def sweep(config: Path, overrides: list[str], axes: list[str], output: Path, *, 
         overrides: settings for all combinations.
         axes: `key=value,value` each.
         output: where every combination gets a directory.
-        options: further options of `medllm bench throughput`.
+        what: throughput, scoring or generation.
+        options: further options of `medllm bench WHAT`.
     """
     path = output / "sweep.json"
     done: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -45,18 +48,19 @@ def sweep(config: Path, overrides: list[str], axes: list[str], output: Path, *, 
         for number, point in enumerate(points, start=1):
             name = " ".join(point)
             if name not in done:
-                done[name] = _measure(config, [*overrides, *point], output / f"{number:03d}", options)
+                done[name] = _measure(config, [*overrides, *point], output / f"{number:03d}", what, options)
                 write_json(path, done)
             bar.update(number, name)
     return [{"settings": " ".join(point), **done[" ".join(point)]} for point in points]
 
 
-def _measure(config: Path, overrides: list[str], output: Path, options: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megatron_medllm", "bench", "throughput", str(config), *overrides]
+def _measure(config: Path, overrides: list[str], output: Path, what: str, options: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "megatron_medllm", "bench", what, str(config), *overrides]
     done = subprocess.run([*command, "--output", str(output), *options], capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        result = read_json(output / "throughput.json")
-        return {name: result[name] for name in ("tokens_per_s_per_gpu", "peak_memory_bytes", "padding_share")}
+        result = read_json(output / f"{what}.json")
+        names = ("tokens_per_s_per_gpu", "pairs_per_s", "samples_per_s", "peak_memory_bytes", "padding_share")
+        return {name: result[name] for name in names if name in result}
     text = done.stderr.strip()
     if any(sign in text for sign in OUT_OF_MEMORY):
         return {"failed": "out of memory"}
@@ -70,6 +74,6 @@ def sweep_report(results: list[dict]) -> str:
         if "failed" in row:
             lines.append(f"| {row['settings']} | {row['failed']} | |")
         else:
-            memory = row["peak_memory_bytes"] / 2**30
-            lines.append(f"| {row['settings']} | {row['tokens_per_s_per_gpu']:,.1f} | {memory:.2f} |")
+            memory = f"{row['peak_memory_bytes'] / 2**30:.2f}" if "peak_memory_bytes" in row else ""
+            lines.append(f"| {row['settings']} | {row['tokens_per_s_per_gpu']:,.1f} | {memory} |")
     return "\n".join(lines)

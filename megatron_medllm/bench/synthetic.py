@@ -1,55 +1,148 @@
-"""Random documents as an indexed data set, so that throughput can be measured without a corpus."""
+"""Random data and weights, so that throughput can be measured without a corpus, pairs or a model.
 
+They take the same way as real ones: documents as an indexed data set, pairs as JSON lines that are tokenized (every
+token is a word of its own, its number), reference log-probabilities scored and cached, models as HF directories.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_medllm.config.run import RunConfig
-from megatron_medllm.config.train import CptConfig, DataSource
+from megatron_medllm.config.train import CptConfig, DataSource, RpoConfig
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype, write_index
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.runtime import Runtime
-from megatron_medllm.storage import atomic_write, write_json
+from megatron_medllm.storage import atomic_write, write_json, write_jsonl
+from megatron_medllm.train.scoring import shares_prompt
+
+END = 0  # the token that ends a document or an answer; it is never drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticData:
+    """Mean lengths in tokens. Documents' are exponentially distributed, prompts' and answers' even within +-50 %."""
+
+    document_length: int = 1024
+    prompt_length: int = 256
+    response_length: int = 256
 
 
 def with_synthetic_data(
-    run: RunConfig, directory: Path, *, steps: int, document_length: int, ranks: Runtime
+    run: RunConfig, directory: Path, lengths: SyntheticData, *, steps: int, ranks: Runtime
 ) -> RunConfig:
-    """The run with random data for `steps` steps in place of its own. Collective; rank 0 writes.
+    """The run with random data for `steps` steps in place of its own, from random weights. Collective; rank 0 writes.
 
     Raises:
-        UserError: the stage is RPO, whose pairs and reference scores cannot be made up.
+        UserError: pairs of these lengths do not fit a row of the recipe's.
     """
     section = run.stage_config()
-    if not isinstance(section, CptConfig):
-        raise UserError("--synthetic is for base and cpt; rpo needs its pairs and their reference scores")
+    changes = (
+        _pairs(run, section, directory, lengths, steps=steps, ranks=ranks)
+        if isinstance(section, RpoConfig)
+        else _documents(run, section, directory, lengths, steps=steps, ranks=ranks)
+    )
+    dist.barrier()
+    return with_random_weights(run, directory).model_copy(update={run.stage: section.model_copy(update=changes)})
+
+
+def with_random_weights(run: RunConfig, tokenizer_dir: Path) -> RunConfig:
+    """The run with a model of the same shape, but random weights and no tokenizer of its own."""
+    shape = run.model.resolve_shape()
+    model = run.model.model_copy(update={"path": None, "size": None, "shape": shape})
+    return run.model_copy(update={"model": model, "tokenizer": tokenizer_dir})
+
+
+def _documents(
+    run: RunConfig, section: CptConfig, directory: Path, lengths: SyntheticData, *, steps: int, ranks: Runtime
+) -> dict[str, object]:
     tokens = steps * section.global_batch_size * section.sequence_length
     if ranks.is_main:
         spare = section.global_batch_size * section.sequence_length
-        write_documents(directory, tokens=tokens + spare, document_length=document_length,
+        write_documents(directory, tokens=tokens + spare, document_length=lengths.document_length,
                         vocab_size=run.model.resolve_shape().vocab_size, seed=run.seed)  # fmt: skip
-    dist.barrier()
-    changes = {
+    return {
         "data": (DataSource(path=directory),),
         "train_tokens": tokens,
         "epochs": None,
         "loss_after": (),
         "batch_ramp_steps": 0,
     }
-    return run.model_copy(update={run.stage: section.model_copy(update=changes)})
+
+
+def _pairs(
+    run: RunConfig, section: RpoConfig, directory: Path, lengths: SyntheticData, *, steps: int, ranks: Runtime
+) -> dict[str, object]:
+    capacity = section.micro_batch_size * section.sequence_length
+    prompts = 1 if shares_prompt(run, section) else 2
+    longest = (3 * (prompts * lengths.prompt_length + 2 * lengths.response_length)) // 2 + 2
+    if longest > capacity:
+        raise UserError(
+            f"synthetic pairs take up to {longest} tokens, but rpo.micro_batch_size x rpo.sequence_length is "
+            f"{capacity}: lower --prompt-length or --response-length"
+        )
+    if ranks.is_main:
+        vocab_size = run.model.resolve_shape().vocab_size
+        write_tokenizer(directory, vocab_size=vocab_size)
+        count = steps * section.global_batch_size
+        write_jsonl(directory / "pairs.jsonl", random_pairs(count, lengths, vocab_size=vocab_size, seed=run.seed))
+    return {
+        "pairs": directory / "pairs.jsonl",
+        "reference": directory / "reference",
+        "epochs": 1.0,
+        "template": "plain",
+    }
+
+
+def random_pairs(count: int, lengths: SyntheticData, *, vocab_size: int, seed: int) -> list[dict[str, str]]:
+    """Pairs whose words are token numbers."""
+    texts = RandomTexts(vocab_size, seed)
+    return [
+        {
+            "prompt": texts.draw(lengths.prompt_length),
+            "chosen": texts.draw(lengths.response_length),
+            "rejected": texts.draw(lengths.response_length),
+        }
+        for _ in range(count)
+    ]
+
+
+class RandomTexts:
+    """Draws texts of random words from one seed."""
+
+    def __init__(self, vocab_size: int, seed: int) -> None:
+        self._vocab_size, self._generator = vocab_size, np.random.default_rng(seed)
+
+    def draw(self, mean_length: int) -> str:
+        """A text of mean_length / 2 to 3 / 2 mean_length tokens."""
+        length = int(self._generator.integers(-(-mean_length // 2), 3 * mean_length // 2 + 1))
+        return " ".join(map(str, self._generator.integers(END + 1, self._vocab_size, size=length)))
+
+
+def write_tokenizer(directory: Path, *, vocab_size: int) -> None:
+    """Write a tokenizer whose words are the token numbers, with what HF readers look for beside it."""
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(END)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with atomic_write(directory / "tokenizer.json") as stream:
+        stream.write(tokenizer.to_str().encode())
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": str(END), "pad_token": str(END)}
+    write_json(directory / "tokenizer_config.json", names)
+    write_json(directory / "generation_config.json", {"eos_token_id": END})
 
 
 def write_documents(directory: Path, *, tokens: int, document_length: int, vocab_size: int, seed: int) -> None:
-    """Write documents of exponentially distributed lengths (mean `document_length`), each ended by token 0."""
+    """Write documents of exponentially distributed lengths (mean `document_length`), each ended by `END`."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     while sum(lengths) < tokens:
         drawn = generator.exponential(document_length, size=max(16, tokens // document_length))
         lengths += [int(n) + 2 for n in drawn]
     array = np.array(lengths, np.int32)
-    ids = generator.integers(1, vocab_size, size=int(array.sum())).astype(token_dtype(vocab_size))
-    ids[np.cumsum(array) - 1] = 0
+    ids = generator.integers(END + 1, vocab_size, size=int(array.sum())).astype(token_dtype(vocab_size))
+    ids[np.cumsum(array) - 1] = END
     prefix = directory / "synthetic"
     with atomic_write(bin_path(prefix)) as stream:
         stream.write(ids.data)
@@ -63,6 +156,6 @@ def write_documents(directory: Path, *, tokens: int, document_length: int, vocab
                 "synthetic": {"prefix": prefix.name, "weight": 1.0, "tokens": len(ids), "documents": len(lengths)}
             },
             "split": [1.0, 0.0, 0.0],
-            "tokenizer": {"digest": "synthetic", "vocab_size": vocab_size, "eod_id": 0},
+            "tokenizer": {"digest": "synthetic", "vocab_size": vocab_size, "eod_id": END},
         },
     )

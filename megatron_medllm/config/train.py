@@ -146,6 +146,11 @@ class RpoLossConfig(Section):
             raise ValueError("kind=sft is the NLL alone: alpha must be > 0")
         return self
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference's log-probabilities."""
+        return self.kind not in ("simpo", "sft")
+
 
 class RpoGuardConfig(Section):
     """Signs of a preference run going wrong."""

@@ -25,7 +25,7 @@ class VllmEngine:
         check_model_dir(model_dir)
         self._config = config
         self._errors = tempfile.NamedTemporaryFile("w+", suffix=".vllm.log")  # noqa: SIM115 (closed by `close`)
-        self._complete = False
+        self._idle = False
         try:
             self._process = subprocess.Popen(
                 [str(config.python), str(WORKER)],
@@ -43,8 +43,9 @@ class VllmEngine:
             "tensor_parallel": config.tensor_parallel,
             "max_model_len": config.max_model_len,
         }
-        self._send([setup], close=False)
+        self._send(setup)
         self._version = self._read()["ready"]
+        self._idle = True
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
@@ -56,18 +57,22 @@ class VllmEngine:
         }
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """See `Engine.generate`. The worker serves one call."""
+        """See `Engine.generate`."""
+        self._idle = False
         # A thread writes: the worker may answer before it has read everything, and both pipes are finite.
-        writer = threading.Thread(target=self._send, args=([r.to_dict() for r in requests],), daemon=True)
+        rows = [request.to_dict() for request in requests]
+        writer = threading.Thread(target=self._send, args=(*rows, None), daemon=True)
         writer.start()
         for _ in requests:
             yield Completion(**self._read())
         writer.join()
-        self._complete = True
+        self._idle = True
 
     def close(self) -> None:
         """See `Engine.close`."""
-        if not self._complete:
+        if self._idle:
+            self._process.stdin.close()  # the worker ends with its input
+        else:
             self._process.terminate()
         try:
             self._process.wait(_SHUTDOWN_S)
@@ -76,13 +81,12 @@ class VllmEngine:
             self._process.wait()
         self._errors.close()
 
-    def _send(self, rows: list[dict[str, Any]], *, close: bool = True) -> None:
+    def _send(self, *rows: dict[str, Any] | None) -> None:
+        """Write one line a row; None is an empty line."""
         try:
             for row in rows:
-                self._process.stdin.write(json.dumps(row) + "\n")
+                self._process.stdin.write("\n" if row is None else json.dumps(row) + "\n")
             self._process.stdin.flush()
-            if close:
-                self._process.stdin.close()
         except OSError:  # the worker is gone: the reading side says why
             return
 

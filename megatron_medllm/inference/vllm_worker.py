@@ -1,8 +1,8 @@
 """Runs inside vLLM's own environment: JSON lines in, JSON lines out. Imports nothing of this package.
 
 The first line on standard input is the setup (`model`, `dtype`, `tensor_parallel`, `max_model_len`), then one request a
-line until the input ends. Standard output carries `{"ready": …}` and then one completion a line; everything that vLLM
-itself prints goes to standard error.
+line; an empty line says that these are to be answered now. Standard output carries `{"ready": …}` and then one
+completion a line; everything that vLLM itself prints goes to standard error.
 """
 
 import json
@@ -13,7 +13,7 @@ _CHUNK = 512  # answers come back, and are kept, after each so many
 
 
 def main() -> None:
-    """Serve one run."""
+    """Serve until the input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM and its workers print to standard output
     setup = json.loads(sys.stdin.readline())
@@ -24,10 +24,15 @@ def main() -> None:
         model=setup["model"], dtype=setup["dtype"], tensor_parallel_size=setup["tensor_parallel"], **options
     )
     print(json.dumps({"ready": vllm.__version__}), file=replies, flush=True)
-    requests = [json.loads(line) for line in sys.stdin]
-    for start in range(0, len(requests), _CHUNK):
-        for reply in answer(vllm, model, requests[start : start + _CHUNK]):
-            print(json.dumps(reply), file=replies, flush=True)
+    requests = []
+    for line in sys.stdin:
+        if line.strip():
+            requests.append(json.loads(line))
+            continue
+        for start in range(0, len(requests), _CHUNK):
+            for reply in answer(vllm, model, requests[start : start + _CHUNK]):
+                print(json.dumps(reply), file=replies, flush=True)
+        requests = []
 
 
 def answer(vllm, model, requests):

@@ -10,21 +10,21 @@ def attention_flops_per_token(shape: ModelShape, length: float) -> float:
     return 4.0 * length * shape.hidden_size
 
 
-def model_flops_per_token(workload: Workload, *, causal: bool) -> float:
-    """FLOPs that the model needs per trained token; recomputation is not counted.
+def model_flops_per_token(workload: Workload, *, causal: bool, forward_only: bool = False) -> float:
+    """FLOPs that the model needs per token, trained or (`forward_only`) scored; recomputation is not counted.
 
-    A trained matrix costs 6 per parameter (forward, input gradient, weight gradient), a frozen one 4. Attention costs
-    three forwards. `causal` halves attention's work as flash kernels do; without it this is Megatron's convention,
-    which counts the masked half too. Ours counts the unpadded vocabulary.
+    A trained matrix costs 6 per parameter (forward, input gradient, weight gradient), a frozen one 4, a forward pass 2.
+    Attention costs three forwards in training. `causal` halves attention's work as flash kernels do; without it this is
+    Megatron's convention, which counts the masked half too. Ours counts the unpadded vocabulary.
     """
-    shape = workload.shape
     length = workload.mean_attended_length / (2 if causal else 1)
-    attention = 3 * shape.num_layers * attention_flops_per_token(shape, length)
-    return (4 if workload.frozen_base else 6) * matmul_parameters(shape) + attention
+    return packed_flops(workload, tokens=1, attended=length, forward_only=forward_only)
 
 
-def packed_flops(workload: Workload, *, tokens: int, attended: int) -> float:
-    """FLOPs of training on packed documents that attended to so many (query, key) pairs, masked ones left out."""
+def packed_flops(workload: Workload, *, tokens: int, attended: float, forward_only: bool = False) -> float:
+    """FLOPs on packed documents whose tokens attended to so many (query, key) pairs, masked ones left out."""
     shape = workload.shape
-    attention = 3 * shape.num_layers * attention_flops_per_token(shape, attended)
-    return (4 if workload.frozen_base else 6) * matmul_parameters(shape) * tokens + attention
+    attention = shape.num_layers * attention_flops_per_token(shape, attended)
+    if forward_only:
+        return 2 * matmul_parameters(shape) * tokens + attention
+    return (4 if workload.frozen_base else 6) * matmul_parameters(shape) * tokens + 3 * attention

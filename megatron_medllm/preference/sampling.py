@@ -28,7 +28,9 @@ def sample(
         UserError: the model cannot be used or the engine failed.
     """
     asked = [
-        (question, mode, request) for question in questions for mode, request in _requests(config, prompter, question)
+        (question, mode, request)
+        for question in questions
+        for mode, request in sampling_requests(config, prompter, question)
     ]
     if not asked:
         return [], {}
@@ -90,7 +92,8 @@ def judge(
     )
 
 
-def _requests(config: PairsConfig, prompter: ExamPrompter, question: Question) -> list[tuple[Mode, Request]]:
+def sampling_requests(config: PairsConfig, prompter: ExamPrompter, question: Question) -> list[tuple[Mode, Request]]:
+    """What the model is asked about a question: explanations at every temperature, then short answers."""
     sampling = config.sampling
     decoding = DecodingConfig(
         top_p=sampling.top_p, seed=sampling.seed, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop

@@ -10,6 +10,18 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
 
 
+def start_ranks_if_needed(layout: LayoutConfig) -> None:
+    """Go on as the one rank there is, or run this command again as every rank of the layout and end with it.
+
+    Raises:
+        SystemExit: the ranks have run; with their status.
+        UserError: as `needed`.
+    """
+    processes = needed(layout)
+    if processes:
+        sys.exit(run_ranks(sys.argv[1:], processes=processes))
+
+
 def needed(layout: LayoutConfig) -> int:
     """Processes to start here: 0 when an outer launcher started them already, or one is enough.
 

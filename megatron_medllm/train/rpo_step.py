@@ -66,7 +66,7 @@ class RpoStep:
         self._rows = list(self.pairs)
         self.total_steps = max(1, math.floor(config.epochs * len(self._rows) / config.global_batch_size))
         self._reference: dict[int, tuple[float, float]] = {}
-        if config.loss.kind not in ("simpo", "sft"):
+        if config.loss.needs_reference:
             cache = ReferenceCache(config.reference or run.run_dir / "reference")
             self._reference = cache.load(reference_key(run, config, pair_set), self._rows)
         self._chosen_rewards: deque[float] = deque(maxlen=config.rpo_guard.chosen_fall_steps)

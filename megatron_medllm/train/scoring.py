@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, RpoConfig
@@ -19,7 +19,7 @@ from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import digest_file, digest_value
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.setup import build_chunks
+from megatron_medllm.train.setup import build_chunks, refuse_random_reference
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +57,12 @@ def quantized_base(config: RpoConfig) -> AdapterConfig | None:
 
 
 def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
-    """What the reference log-probabilities of this run depend on. With LoRA the base is the reference.
-
-    Raises:
-        UserError: the model has no directory: random weights are no reference.
-    """
-    if run.model.path is None:
-        raise UserError("model.path: the reference must be a model directory, not random weights")
+    """What the reference log-probabilities of this run depend on. With LoRA the base is the reference."""
     adapter = quantized_base(config)
+    model = run.model
+    drawn = ["random", run.seed, model.init_std, model.resolve_shape().model_dump()]
     return ReferenceKey(
-        weights=digest_weights(run.model.path),
+        weights=digest_value(drawn) if model.path is None else digest_weights(model.path),
         pairs=digest_pairs(pair_set),
         template=config.template,
         tokenizer=digest_file(run.tokenizer_file()),
@@ -111,41 +107,57 @@ def score(run: RunConfig) -> Path:
     """
     if run.rpo is None:
         raise UserError("medllm score needs the section 'rpo'")
-    config = run.rpo
+    refuse_random_reference(run)
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
-        pair_set = load_run_pairs(run, config)
-        # A new adapter's B is zero: under it, a quantized base gives the numbers that the policy will start from.
-        chunks = build_chunks(run, ranks, adapter=quantized_base(config), fp8=config.fp8_gemms)
-        for chunk in chunks:
-            chunk.eval()
-        cache = ReferenceCache(config.reference or run.run_dir / "reference")
-        done: list[Any] = [None]
-        if ranks.is_main:
-            done = [cache.open_for_writing(reference_key(run, config, pair_set))]
-        dist.broadcast_object_list(done, src=0)
-        parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
-        with progress("score", total=len(pair_set.pairs)) as bar:
-            for number, part in enumerate(parts):
-                if any(pair.row not in done[0] for pair in part):
-                    columns = _score_part(part, run, config, ranks, chunks)
-                    if ranks.is_main:
-                        cache.write_part(number, columns)
-                bar.update(min((number + 1) * _PAIRS_PER_PART, len(pair_set.pairs)))
-        log.info("scored %d pairs, dropped %d", len(pair_set.pairs), len(pair_set.dropped))
-        return cache.directory
+        return score_run_pairs(run, run.rpo, ranks)
     finally:
         runtime.stop()
 
 
+def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> Path:
+    """What `score` does, on ranks that have started."""
+    pair_set = load_run_pairs(run, config)
+    chunks = build_reference(run, config, ranks)
+    cache = ReferenceCache(config.reference or run.run_dir / "reference")
+    done: list[Any] = [None]
+    if ranks.is_main:
+        done = [cache.open_for_writing(reference_key(run, config, pair_set))]
+    dist.broadcast_object_list(done, src=0)
+    parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
+    capacity, share = config.micro_batch_size * config.sequence_length, shares_prompt(run, config)
+    with progress("score", total=len(pair_set.pairs)) as bar:
+        for number, part in enumerate(parts):
+            if any(pair.row not in done[0] for pair in part):
+                streams = pack_batch(part, ranks, stream_length=capacity, share_prompt=share)
+                columns = score_streams(streams, [pair.row for pair in part], run, ranks, chunks, capacity=capacity)
+                if ranks.is_main:
+                    cache.write_part(number, columns)
+            bar.update(min((number + 1) * _PAIRS_PER_PART, len(pair_set.pairs)))
+    log.info("scored %d pairs, dropped %d", len(pair_set.pairs), len(pair_set.dropped))
+    return cache.directory
+
+
+def build_reference(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> list[nn.Module]:
+    """This rank's chunks of the reference, ready to score."""
+    # A new adapter's B is zero: under it, a quantized base gives the numbers that the policy will start from.
+    chunks = build_chunks(run, ranks, adapter=quantized_base(config), fp8=config.fp8_gemms)
+    for chunk in chunks:
+        chunk.eval()
+    return chunks
+
+
 @torch.no_grad()
-def _score_part(
-    pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime, chunks: list
+def score_streams(
+    streams: list[PairMicroBatch],
+    rows: list[int],
+    run: RunConfig,
+    ranks: runtime.Runtime,
+    chunks: list[nn.Module],
+    *,
+    capacity: int,
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities and lengths of some pairs, gathered from all replicas."""
-    share = shares_prompt(run, config)
-    capacity = config.micro_batch_size * config.sequence_length
-    streams = pack_batch(pairs, ranks, stream_length=capacity, share_prompt=share)
+    """Log-probabilities and lengths of the pairs `rows`, gathered from all replicas; `streams` are this one's share."""
 
     def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         stream = next(iterator)
@@ -153,14 +165,13 @@ def _score_part(
         return output, partial(_collect, stream)
 
     found = mcore.run_micro_batches(forward, chunks, streams, stream_length=capacity, forward_only=True)
-    rows = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
+    scored = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
     gathered: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, rows)
+    dist.all_gather_object(gathered, scored)
     table = {row: values for part in gathered for row, values in part.items()}
-    order = [pair.row for pair in pairs]
     names = ("chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
-    values = np.array([table[row] for row in order], dtype=np.float64)
-    return {"row": np.array(order), **{name: values[:, i] for i, name in enumerate(names)}}
+    values = np.array([table[row] for row in rows], dtype=np.float64)
+    return {"row": np.array(rows), **{name: values[:, i] for i, name in enumerate(names)}}
 
 
 def _collect(stream: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:

@@ -44,6 +44,7 @@ def build_chunks(
     """This rank's model chunks with their starting weights: read from `model.path`, or random.
 
     A base that will be held in FP8 or NF4 is built and read on the CPU, as it may fit the device only quantized.
+    Random numbers are drawn on the device.
     """
     base = "bf16" if adapter is None else adapter.base
     chunks = build_model(
@@ -86,18 +87,26 @@ def resolve_adapter(config: AdapterConfig | None, shape: ModelShape) -> AdapterC
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Refuse what training would only trip over later: no tokenizer, or data made with another one.
+    """Refuse what training would only trip over later: no tokenizer, data made with another one, no reference.
 
     Raises:
         UserError: names the two that do not go together.
     """
     config, tokenizer = run.stage_config(), run.tokenizer_file()
-    if not isinstance(config, CptConfig):
+    if isinstance(config, RpoConfig):
+        if config.loss.needs_reference:
+            refuse_random_reference(run)
         return
     digest = describe_tokenizer(str(tokenizer)).digest
     for source in config.data:
         if read_blend(source.path).tokenizer_digest != digest:
             raise UserError(f"{source.path} was built with another tokenizer than {tokenizer}")
+
+
+def refuse_random_reference(run: RunConfig) -> None:
+    """Raises UserError where the reference would be random weights: right for a benchmark, no model to stay near."""
+    if run.model.path is None:
+        raise UserError("model.path: the reference must be a model directory, not random weights")
 
 
 def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:

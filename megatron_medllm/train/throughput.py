@@ -51,7 +51,8 @@ class Throughput:
     def __init__(self, run: RunConfig, runtime: Runtime) -> None:
         self._world_size, self._device = runtime.world_size, runtime.device
         self._workload = workload_of(run)
-        self._peak_flops = _peak_flops(self._workload, runtime.device)
+        hardware = known_hardware(runtime.device)
+        self._peak_flops = None if hardware is None else peak_flops(self._workload, hardware)
 
     def of(self, metrics: dict[str, float], clock: StepClock) -> dict[str, float]:
         """Rates per second and per GPU, step_time_s and its parts, and peak memory of the main process."""
@@ -81,12 +82,18 @@ class Throughput:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _peak_flops(workload: Workload, device: torch.device) -> float | None:
-    """FLOP/s that MFU is measured against; None on a device that the planner does not know."""
+def known_hardware(device: torch.device) -> str | None:
+    """The planner's name of a device; None where it knows none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = next((hardware for part, hardware in _DEVICES if part in name), None)
-    if known is None:
-        return None
-    hardware = load_hardware(known)
+    return next((hardware for part, hardware in _DEVICES if part in name), None)
+
+
+def peak_flops(workload: Workload, hardware: str) -> float:
+    """FLOP/s that MFU is measured against: the peak of the layers' precision.
+
+    Raises:
+        UserError: the planner has no such hardware.
+    """
+    machine = load_hardware(hardware)
     fp8 = workload.precision == "fp8" or workload.mode == "fp8-lora"
-    return hardware.peak_fp8_flops if fp8 and hardware.peak_fp8_flops else hardware.peak_bf16_flops
+    return machine.peak_fp8_flops if fp8 and machine.peak_fp8_flops else machine.peak_bf16_flops

@@ -82,3 +82,21 @@ def test_bf16_and_fp8_models_are_near_the_fp32_one():
                 assert 0 < rms(value, expected) < most, name
     finally:
         runtime.stop()
+
+
+def test_random_weights_are_drawn_on_the_gpu():
+    """The same in any layout, and of the configured spread."""
+    from megatron_medllm.models.qwen25 import build_model, global_parameters, initialize_weights, unwrap
+
+    here = runtime.start(LayoutConfig(), seed=0)
+    try:
+        model = ModelConfig(shape=SHAPE, dtype="bfloat16", init_std=0.05)
+        drawn = []
+        for device in (here.device, torch.device("cpu")):  # a base to be quantized stays on the CPU
+            chunks = build_model(model, LayoutConfig(), device=device)
+            initialize_weights(chunks, seed=1, tp_rank=0, tp_size=1, device=here.device)
+            drawn.append({name: p.detach().cpu() for name, p in global_parameters(unwrap(chunks[0]))})
+        assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+        assert abs(drawn[0]["decoder.layers.0.mlp.linear_fc1.weight"].float().std().item() - 0.05) < 0.002
+    finally:
+        runtime.stop()

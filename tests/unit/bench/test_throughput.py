@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from megatron_medllm.bench import sweep as sweep_module
-from megatron_medllm.bench.report import compare_report, throughput_report
+from megatron_medllm.bench.harness import BenchSettings, Work, local_work
+from megatron_medllm.bench.report import compare_report
 from megatron_medllm.bench.sweep import grid, sweep, sweep_report
-from megatron_medllm.bench.throughput import BenchSettings, Work, local_work, measure
+from megatron_medllm.bench.synthetic import SyntheticData
+from megatron_medllm.bench.throughput import measure
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.data.microbatch import IGNORED, MicroBatch
 from megatron_medllm.errors import UserError
@@ -52,7 +54,11 @@ def recipe(directory: Path, **changes: object) -> RunConfig:
 @pytest.mark.filterwarnings("ignore::UserWarning:megatron")
 def test_a_tiny_model_is_measured_on_random_data(tmp_path: Path) -> None:
     settings = BenchSettings(
-        output=tmp_path / "a", warmup_steps=1, steps=3, synthetic=True, document_length=20, hardware="h100-sxm"
+        output=tmp_path / "a",
+        warmup_steps=1,
+        steps=3,
+        synthetic=SyntheticData(document_length=20),
+        hardware="h100-sxm",
     )
     path = measure(recipe(tmp_path), settings)
     found = json.loads(path.read_text())
@@ -63,19 +69,12 @@ def test_a_tiny_model_is_measured_on_random_data(tmp_path: Path) -> None:
     # Documents are shorter than the row: what was attended is less than Megatron's full square.
     assert 0 < found["mfu"]["packed"] < found["mfu"]["megatron"]
     assert set(found["parts_s"]) == {"data", "forward_backward", "optimizer"}
-    assert "| tokens/s/GPU |" in throughput_report(found)
+    assert "| tokens/s/GPU |" in path.with_suffix(".md").read_text()
     other = tmp_path / "b.json"
     changed = {**found, "tokens_per_s_per_gpu": 2 * found["tokens_per_s_per_gpu"], "world_size": 7}
     other.write_text(json.dumps(changed))
     text = compare_report(path, other)
     assert "+100.0 %" in text and "| world_size | 1 | 7 | |" in text
-
-
-def test_rpo_takes_no_made_up_data(tmp_path: Path) -> None:
-    section = {"pairs": "p.jsonl", "sequence_length": 64, "global_batch_size": 2, "optimizer": {"lr": 0.001}}
-    run = recipe(tmp_path, rpo=section, stage="rpo")
-    with pytest.raises(UserError, match="--synthetic is for base and cpt"):
-        measure(run, BenchSettings(output=tmp_path, synthetic=True))
 
 
 def test_work_of_shared_prompts_and_padding() -> None:
@@ -103,10 +102,10 @@ def test_a_sweep_records_failures_and_goes_on_where_it_stopped(tmp_path: Path, m
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sweep_module.subprocess, "run", run)
-    results = sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, options=["--synthetic"])
+    results = sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, what="throughput", options=["--synthetic"])
     assert [r.get("failed") for r in results] == [None, "out of memory", "error: layout.tp=4 does not divide"]
     assert sweep_report(results).splitlines()[2] == "| layout.tp=1 | 10.0 | 1.00 |"
-    assert sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, options=[]) == results
+    assert sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, what="throughput", options=[]) == results
     assert len(calls) == 3
     assert grid(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
     with pytest.raises(UserError, match="expected key=value"):

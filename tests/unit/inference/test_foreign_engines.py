@@ -50,7 +50,9 @@ def test_vllm_worker(vllm_config: EngineConfig, tiny_model: Path) -> None:
         Request("3", "終", max_new_tokens=5),
     ]
     done = {c.request_id: c for c in engine.generate(requests)}
+    again = [c.text for c in engine.generate([Request("4", "又", max_new_tokens=1)])]
     engine.close()
+    assert again == ["又|0.0|1.0|0|1|[]"]
     assert done["1"].text == "問|0.5|0.9|11|9|['X']"
     assert done["2"].text == "話|0.0|1.0|0|1|[]"
     assert [done[i].finish_reason for i in "123"] == ["stop", "length", "eos"]
