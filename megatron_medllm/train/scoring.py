@@ -1,6 +1,7 @@
 """Reference scoring: the model's log-probabilities of every pair, once, in any layout, resumable."""
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,20 @@ def shares_prompt(run: RunConfig, config: RpoConfig) -> bool:
     return config.share_prompt and run.model.backend == "torch"
 
 
+def rows_multiple(run: RunConfig, config: RpoConfig) -> int:
+    """What the tokens of every rank's part of a stream must be a multiple of: TE's FP8 products want 16."""
+    return 16 if run.model.backend == "te" and config.fp8_gemms is not None else 1
+
+
 def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
     """The pairs of a run, tokenized with its model's tokenizer.
 
     Raises:
-        UserError: as `load_pairs`, or a token lies outside the model's vocabulary.
+        UserError: as `load_pairs`, a token lies outside the model's vocabulary, or the layout cannot share streams
+            out evenly.
     """
     capacity = config.micro_batch_size * config.sequence_length
+    run.layout.check_stream(capacity)
     share = shares_prompt(run, config)
     pair_set = load_pairs(config, run.tokenizer_dir(), cut_length=capacity, share_prompt=share)
     vocab_size = run.model.resolve_shape().vocab_size
@@ -82,9 +90,12 @@ def digest_weights(hf_dir: Path) -> str:
 
 
 def pack_batch(
-    pairs: list[Pair], ranks: runtime.Runtime, *, stream_length: int, share_prompt: bool
+    pairs: list[Pair], ranks: runtime.Runtime, *, stream_length: int, share_prompt: bool, rows_multiple: int
 ) -> list[PairMicroBatch]:
-    """This replica's share of some pairs, as streams of at most `stream_length` tokens."""
+    """This replica's share of some pairs, as streams of at most `stream_length` tokens.
+
+    `rows_multiple` is what the tokens of every rank's part must be a multiple of.
+    """
     layout = ranks.layout
     plan = plan_micro_batches(
         [pair.packed_length(share_prompt=share_prompt) for pair in pairs],
@@ -94,8 +105,9 @@ def pack_batch(
     )
     # A pipeline exchanges tensors of one fixed shape; without one, padding would be wasted work.
     fixed = stream_length if layout.pp > 1 else None
+    multiple = rows_multiple * math.lcm(layout.tp, layout.stream_multiple)
     return [
-        pack_pairs([pairs[i] for i in stream], share_prompt=share_prompt, stream_length=fixed, multiple=layout.tp)
+        pack_pairs([pairs[i] for i in stream], share_prompt=share_prompt, stream_length=fixed, multiple=multiple)
         for stream in plan[ranks.dp_rank]
     ]
 
@@ -145,12 +157,13 @@ def _score_part(
     """Log-probabilities and lengths of some pairs, gathered from all replicas."""
     share = shares_prompt(run, config)
     capacity = config.micro_batch_size * config.sequence_length
-    streams = pack_batch(pairs, ranks, stream_length=capacity, share_prompt=share)
+    multiple = rows_multiple(run, config)
+    streams = pack_batch(pairs, ranks, stream_length=capacity, share_prompt=share, rows_multiple=multiple)
 
     def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         stream = next(iterator)
-        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend))
-        return output, partial(_collect, stream)
+        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend, split=ranks.split))
+        return output, partial(_collect, stream, ranks)
 
     found = mcore.run_micro_batches(forward, chunks, streams, stream_length=capacity, forward_only=True)
     rows = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
@@ -163,9 +176,11 @@ def _score_part(
     return {"row": np.array(order), **{name: values[:, i] for i, name in enumerate(names)}}
 
 
-def _collect(stream: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
+def _collect(
+    stream: PairMicroBatch, ranks: runtime.Runtime, output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, dict]:
     token_logprobs = output[0]
     count = torch.tensor(len(stream.rows), dtype=torch.int32, device=token_logprobs.device)
-    sums = sum_by_response(token_logprobs, stream)
+    sums = sum_by_response(token_logprobs, stream, ranks)
     columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
     return token_logprobs.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}
