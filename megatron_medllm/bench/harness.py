@@ -103,7 +103,7 @@ def total_work(parts: list[Work], ranks: Runtime) -> Work:
     """Summed over micro-batches and replicas; of each replica one rank counts."""
     names = ("tokens", "padding", "loss_tokens", "attended")
     sums = torch.tensor([sum(getattr(w, n) for w in parts) for n in names], dtype=torch.int64, device=ranks.device)
-    if ranks.tp_rank or ranks.pp_rank:
+    if ranks.tp_rank or ranks.pp_rank or ranks.cp_rank:
         sums.zero_()
     dist.all_reduce(sums)
     return Work(*sums.tolist())

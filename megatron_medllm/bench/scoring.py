@@ -20,7 +20,7 @@ from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.parallel import runtime
 from megatron_medllm.planner.from_config import workload_of
-from megatron_medllm.train.scoring import build_reference, load_run_pairs, pack_batch, score_streams, shares_prompt
+from megatron_medllm.train.scoring import build_reference, load_run_pairs, pack_batch, score_streams
 from megatron_medllm.train.throughput import StepClock
 
 
@@ -52,7 +52,7 @@ def _scorer(
     pairs, size = load_run_pairs(run, config).pairs, config.global_batch_size
     require_steps(len(pairs) // size, settings)
     chunks = build_reference(run, config, ranks)
-    capacity, share = config.micro_batch_size * config.sequence_length, shares_prompt(run, config)
+    capacity = config.micro_batch_size * config.sequence_length
     workload = workload_of(run)
 
     def step(index: int) -> Measured:
@@ -60,7 +60,7 @@ def _scorer(
         dist.barrier()
         clock = StepClock()
         with clock.part("data"):
-            streams = pack_batch(batch, ranks, stream_length=capacity, share_prompt=share)
+            streams = pack_batch(batch, run, config, ranks)
         with clock.part("forward"):
             score_streams(streams, [pair.row for pair in batch], run, ranks, chunks, capacity=capacity)
         seconds = clock.seconds()

@@ -117,6 +117,8 @@ def _write_part(
     digests: dict[str, str] = {}
     failure = None
     number = 0
+    copies = runtime.dp_size * runtime.layout.cp
+    copy = runtime.dp_rank * runtime.layout.cp + runtime.cp_rank
     for chunk in model_chunks:
         for name, tensor in merged_parameters(unwrap(chunk)):
             weight = weight_of_parameter(name, shape)
@@ -125,9 +127,9 @@ def _write_part(
             if weight.mcore == OUTPUT.mcore and weight.hf == EMBEDDING.hf:
                 continue  # the tied copy on the last stage
             number += 1
-            if number % runtime.dp_size != runtime.dp_rank:
+            if number % copies != copy:
                 continue  # another copy of the model writes this one
-            owner = (number // runtime.dp_size) % runtime.layout.tp
+            owner = (number // copies) % runtime.layout.tp
             slices = _gather_slices(tensor.to(target.dtype), weight, owner=owner, runtime=runtime)
             if slices is None or failure is not None:
                 continue

@@ -18,7 +18,7 @@ class LayoutConfig(Section):
     tp: int = Field(default=1, gt=0, description="tensor parallel")
     pp: int = Field(default=1, gt=0, description="pipeline parallel")
     vpp: int = Field(default=1, gt=0, description="model chunks per pipeline stage (interleaved schedule when > 1)")
-    cp: int = Field(default=1, gt=0, description="context parallel (planned with; training refuses it)")
+    cp: int = Field(default=1, gt=0, description="context parallel: ranks that share every stream of tokens")
     sp: bool = Field(default=False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
@@ -61,6 +61,25 @@ class LayoutConfig(Section):
     def data_parallel_size(self) -> int:
         """Model replicas."""
         return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def stream_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of: two chunks a context rank, even slices within."""
+        chunks = 2 * self.cp if self.cp > 1 else 1
+        return chunks * (self.tp if self.sp else 1)
+
+    def check_stream(self, length: int) -> None:
+        """Refuse micro-batches of `length` tokens that cannot be shared out evenly.
+
+        Raises:
+            UserError: names the parallel sizes and the length.
+        """
+        if length % self.stream_multiple:
+            parts = ([f"2 x cp = {2 * self.cp}"] if self.cp > 1 else []) + ([f"tp = {self.tp}"] if self.sp else [])
+            raise UserError(
+                f"micro_batch_size x sequence_length = {length} tokens are not a multiple of "
+                f"{' x '.join(parts)}, over which layout splits them"
+            )
 
     @property
     def vocab_multiple(self) -> int:

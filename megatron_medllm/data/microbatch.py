@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_medllm.parallel.context import WHOLE, ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 
 IGNORED = -100  # label of a token that costs no head work and takes no gradient
@@ -30,16 +31,20 @@ class MicroBatch:
         sizes = ((s.end - s.start, s.prefix_length) for s in self.segments)
         return sum(size * prefix + size * (size + 1) // 2 for size, prefix in sizes)
 
-    def model_inputs(self, device: torch.device, *, backend: str, uniform_grad: float | None = None) -> dict:
-        """Keyword arguments for the model's forward: ids and labels [1, t], and the packing."""
-        position_ids = torch.from_numpy(self.position_ids).to(device)
-        packed = PackedSequences.from_segments(self.segments, position_ids, backend=backend)
+    def model_inputs(
+        self, device: torch.device, *, backend: str, uniform_grad: float | None = None, split: ContextSplit = WHOLE
+    ) -> dict:
+        """Keyword arguments for the model's forward: a rank's ids and labels [1, t/cp], and the packing."""
+        tokens, labels, position_ids = (
+            torch.from_numpy(split.take(array)).to(device) for array in (self.tokens, self.labels, self.position_ids)
+        )
+        packed = PackedSequences.from_segments(self.segments, position_ids, backend=backend, split=split)
         packed.uniform_grad = uniform_grad
         return {
-            "input_ids": torch.from_numpy(self.tokens)[None].to(device),
+            "input_ids": tokens[None],
             "position_ids": position_ids[None],
             "attention_mask": None,
-            "labels": torch.from_numpy(self.labels)[None].to(device),
+            "labels": labels[None],
             "packed_seq_params": packed,
         }
 

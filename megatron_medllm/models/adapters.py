@@ -37,6 +37,7 @@ from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
 from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
+from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
 Split = Literal["column", "row"]
 
@@ -67,6 +68,7 @@ class AdaptedLinear(nn.Module):
         config: AdapterConfig,
         adapted: bool,
         device: torch.device,
+        context: ContextSplit = WHOLE,
     ) -> None:
         """Args:
         linear: Megatron-Core's ColumnParallelLinear or RowParallelLinear.
@@ -75,11 +77,12 @@ class AdaptedLinear(nn.Module):
         config: rank, dropout and the format of the base.
         adapted: False: only freeze the weight and hold it in the base's format.
         device: where the adapter and a quantized weight are put.
+        context: which tokens of a stream are this rank's.
         """
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
             raise ValueError("a bias that is left to the caller is not supported")
-        self.split, self.gated, self.enabled = split, gated, True
+        self.split, self.gated, self.enabled, self.context = split, gated, True, context
         self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
         self.dropout, self.scale = config.dropout, config.alpha / config.rank
         self.bias, self.dtype = linear.bias, linear.weight.dtype
@@ -154,7 +157,9 @@ class AdaptedLinear(nn.Module):
         ranks = self.tp_group.size() if self.split == "row" or self.sequence_parallel else 1
         shape = list(x.shape)
         shape[axis] *= ranks
+        shape[0] *= self.context.size
         keep = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+        keep = torch.cat([keep[start:end] for start, end in self.context.chunks(len(keep))])
         mine = keep.chunk(ranks, axis)[self.tp_group.rank() if ranks > 1 else 0]
         return x * mine / (1 - self.dropout)
 
@@ -231,6 +236,7 @@ def add_adapters(
                         config=config,
                         adapted=name in config.targets,
                         device=target_device,
+                        context=ContextSplit.of(chunk.pg_collection.cp),
                     )
                     setattr(parent, name, adapted)
         chunk.to(target_device)

@@ -1,11 +1,14 @@
-"""Core attention of the torch backend: packed segments, never across documents.
+"""Our core attention: packed segments, never across documents. The te backend uses it too where layout.cp > 1.
 
 t: tokens of the stream, np: heads on this rank, ng: KV heads on this rank, hn: width of a head.
 
 On CUDA, variable-length flash attention: a response's keys are its prompt's and its own, and the causal mask is
-aligned to the last key. On a CPU, and in fp32, segments of similar length become right-padded batches for torch's
-SDPA: a causal mask alone hides the padding from every real query. A response's batch row then holds its prompt's
-queries again, whose outputs are thrown away: attention is not shared, all the matrix products around it are.
+aligned to the last key. On a CPU, and in fp32, pieces of similar length become right-padded batches for torch's
+SDPA: a causal mask alone hides the padding from every real query. A response's batch row then has slots for its
+prompt's queries, whose outputs are thrown away: attention is not shared, all the matrix products around it are.
+
+Under context parallelism the queries are this rank's, and K and V are gathered: 2*ng*hn numbers a token. They stay
+for the backward pass, unless `recompute` drops them (it then gathers once more).
 """
 
 import math
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 
+from megatron_medllm.parallel.context import gather_stream
 from megatron_medllm.parallel.packed import PackedSequences
 
 # 2.11 takes fewer KV heads as they are; from 2.12 on that has to be asked for.
@@ -25,15 +29,23 @@ _GROUPED = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12")
 class PackedAttention(nn.Module):
     """Drop-in `core_attention` for Megatron-Core's SelfAttention, without parameters."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
-        query: Tensor,  # [t, 1, np, hn]
-        key: Tensor,  # [t, 1, ng, hn]
-        value: Tensor,  # [t, 1, ng, hn]
+        query: Tensor,  # [t/cp, 1, np, hn]
+        key: Tensor,  # [t/cp, 1, ng, hn]
+        value: Tensor,  # [t/cp, 1, ng, hn]
         attention_mask: None,
         attn_mask_type: Any = None,
         attention_bias: None = None,
@@ -42,13 +54,18 @@ class PackedAttention(nn.Module):
         """Attend within segments.
 
         Returns:
-            [t, 1, np*hn], in the query's dtype.
+            [t/cp, 1, np*hn], in the query's dtype.
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs PackedSequences")
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if packed_seq_params.split.size != (1 if self.cp_group is None else self.cp_group.size()):
+            raise ValueError(f"the stream is split {packed_seq_params.split.size} ways, the layout another")
+        if self.cp_group is not None:
+            key, value = gather_stream(torch.cat((key, value), dim=1), self.cp_group).chunk(2, dim=1)  # [t, ng, hn]
         flash = query.is_cuda and query.dtype is not torch.float32
         attend = _flash_varlen if flash else _padded_sdpa
-        out = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params, self.scale)
+        out = attend(query, key, value, packed_seq_params, self.scale)
         return out.reshape(query.shape[0], 1, -1)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict:
@@ -57,28 +74,30 @@ class PackedAttention(nn.Module):
 
 def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
     out = torch.zeros_like(query)
-    for rows, stream, slots in packed.padded_batches(query.device):
-        q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # [n, heads, l, hn]
+    for batch in packed.padded_batches(query.device):
+        q = query[batch.queries].transpose(1, 2)  # [n, np, l, hn]
+        k, v = (x[batch.keys].transpose(1, 2) for x in (key, value))  # [n, ng, l, hn]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out = out.index_copy(0, stream, y.transpose(1, 2).flatten(0, 1)[slots])
+        out = out.index_copy(0, batch.tokens, y.transpose(1, 2).flatten(0, 1)[batch.slots])
     return out
 
 
 def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = packed.varlen_plan(query.device)
-    if plan.kv_rows is not None:
-        key, value = key[plan.kv_rows], value[plan.kv_rows]
-    return varlen_attn(
-        query,
-        key,
-        value,
-        plan.cu_seqlens_q,
-        plan.cu_seqlens_kv,
-        plan.max_q,
-        plan.max_kv,
-        scale=scale,
-        window_size=(-1, 0),
-        **_GROUPED,
-    )
+    outputs = [
+        varlen_attn(
+            query[plan.queries],
+            key[plan.kv_rows],
+            value[plan.kv_rows],
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_kv,
+            plan.max_q,
+            plan.max_kv,
+            scale=scale,
+            window_size=(-1, 0),
+            **_GROUPED,
+        )
+        for plan in packed.varlen_plans(query.device)
+    ]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

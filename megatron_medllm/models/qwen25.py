@@ -74,8 +74,8 @@ def transformer_config(
     layout.check_model(shape)
     dtype = DTYPES[model.dtype]
     te = model.backend == "te"
-    if te and importlib.util.find_spec("transformer_engine") is None:
-        raise UserError("model.backend=te: Transformer Engine is not installed; model.backend=torch does without it")
+    if te:
+        _need_transformer_engine()
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -120,6 +120,18 @@ def transformer_config(
         **_recompute(layout),
         **_te_fp8(model, fp8),
     )
+
+
+def _need_transformer_engine() -> None:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError("model.backend=te: Transformer Engine is not installed; model.backend=torch does without it")
+    if not HAVE_TE:  # Megatron-Core swallows the error and goes on with a mock
+        raise UserError(
+            "model.backend=te: Transformer Engine is installed, but megatron-core could not import it; see "
+            "`python -c 'import transformer_engine.pytorch'`"
+        )
 
 
 def _te_fp8(model: ModelConfig, fp8: Fp8Recipe | None) -> dict[str, Any]:
@@ -200,7 +212,10 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return TransformerBlockSubmodules([get_gpt_layer_with_transformer_engine_spec()] * count, TENorm)
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        if config.context_parallel_size > 1:  # TE's attention would split every document over the ranks evenly
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        return TransformerBlockSubmodules([layer] * count, TENorm)
     return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8)] * count, RMSNorm)
 
 
@@ -352,7 +367,7 @@ def initialize_weights(
         for name, parameter in global_parameters(chunk):
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "layernorm" in name:
+            elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
                 parameter.fill_(1.0)
             else:
                 draw = _draw(chunk, name, seed=seed, device=device or parameter.device)

@@ -3,13 +3,19 @@
 A *segment* is a run of tokens that attends causally to itself and, when it has a prefix, to all of that prefix too.
 A document is a segment of its own. A preference pair is three: the prompt, and two responses whose prefix is the
 prompt, so that both share one copy of it. Positions restart per document; a response's continue from its prompt.
+
+Attention works on *pieces*: a segment's queries on this rank, and the ranges of the whole stream that hold their keys.
+Without context parallelism a piece is a segment; with it, what a chunk of the stream cuts out of one.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
 # A padded attention batch may hold at most this share of padding before a segment opens the next one.
 _MIN_FILL = 0.6
@@ -39,33 +45,72 @@ class Segment:
         return Segment(self.start + offset, self.end + offset, *moved)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Queries [start, end) of this rank's tokens; they are the last of the keys, and attend to them causally."""
+
+    start: int
+    end: int
+    keys: tuple[tuple[int, int], ...]  # ranges of the whole stream
+
+    @property
+    def length(self) -> int:
+        """Keys that the last query sees."""
+        return sum(end - start for start, end in self.keys)
+
+
+def cut_into_pieces(segments: tuple[Segment, ...], split: ContextSplit) -> list[list[Piece]]:
+    """The pieces of every chunk that a rank holds, in order."""
+    chunks, done = [], 0
+    for first, last in split.chunks(segments[-1].end):
+        pieces = []
+        for s in segments:
+            start, end = max(first, s.start), min(last, s.end)
+            if start < end:
+                prefix = ((s.prefix_start, s.prefix_end),) if s.prefix_length else ()
+                pieces.append(Piece(done + start - first, done + end - first, (*prefix, (s.start, end))))
+        chunks.append(pieces)
+        done += last - first
+    return chunks
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
     """The micro-batch's segments, handed through Megatron-Core's layers to the core attention.
 
-    `qkv_format` stays "sbhd" for the torch backend: Megatron then applies RoPE element-wise, with one angle per token
-    of `position_ids`, and passes this object on untouched. The te backend sets "thd" and `cu_seqlens`.
+    `qkv_format` stays "sbhd" for our core attention: Megatron then applies RoPE element-wise, with one angle per token
+    of `position_ids`, and passes this object on untouched. Transformer Engine's attention needs "thd" and `cu_seqlens`.
     """
 
-    position_ids: Tensor | None = None  # [t]
-    segments: tuple[Segment, ...] = ()
+    position_ids: Tensor | None = None  # [t/cp]
+    segments: tuple[Segment, ...] = ()  # of the whole stream
+    split: ContextSplit = WHOLE
     uniform_grad: float | None = None  # d loss / d log-prob of every counted token, where it is one known number
-    _batches: list[tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
-    _plan: "VarlenPlan | None" = field(default=None, repr=False)
+    _batches: "list[PaddedBatch] | None" = field(default=None, repr=False)
+    _plans: "list[VarlenPlan] | None" = field(default=None, repr=False)
 
     @classmethod
-    def from_segments(cls, segments: tuple[Segment, ...], position_ids: Tensor, *, backend: str) -> "PackedSequences":
+    def from_segments(
+        cls, segments: tuple[Segment, ...], position_ids: Tensor, *, backend: str, split: ContextSplit = WHOLE
+    ) -> "PackedSequences":
         """Build for a backend.
+
+        Args:
+            segments: of the whole stream.
+            position_ids: [t/cp], of this rank's tokens.
+            backend: whose attention it is for; under context parallelism both backends use ours.
+            split: which tokens are this rank's.
 
         Raises:
             ValueError: the segments do not follow each other through the whole stream, or the te backend was asked for
                 segments with a prefix, which its kernels cannot mask.
         """
         bounds = [0, *(s.end for s in segments)]
-        if [s.start for s in segments] != bounds[:-1] or bounds[-1] != len(position_ids):
-            raise ValueError(f"segments must follow each other from 0 to {len(position_ids)}: {segments}")
-        if backend == "torch":
-            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments)
+        length = len(position_ids) * split.size
+        if [s.start for s in segments] != bounds[:-1] or bounds[-1] != length:
+            raise ValueError(f"segments must follow each other from 0 to {length}: {segments}")
+        if backend == "torch" or split.size > 1:
+            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments, split=split)
         if any(s.prefix_length for s in segments):
             raise ValueError("the te backend packs chosen and rejected side by side; it cannot share their prompt")
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
@@ -80,72 +125,85 @@ class PackedSequences(PackedSeqParams):
             segments=segments,
         )
 
-    def padded_batches(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Segments of similar length, as right-padded causal batches; computed once per micro-batch.
-
-        Returns:
-            (rows, stream, slots) each: `rows` [n, l] indexes the stream for every key (its prefix first; padding
-            repeats index 0), and the outputs of the flattened batch's `slots` are the stream's tokens `stream`.
-        """
+    def padded_batches(self, device: torch.device) -> list["PaddedBatch"]:
+        """Pieces of similar length, as right-padded causal batches; computed once per micro-batch."""
         if self._batches is None:
-            self._batches = [_padded_batch(group, device) for group in _groups_by_length(self.segments)]
+            pieces = [piece for chunk in cut_into_pieces(self.segments, self.split) for piece in chunk]
+            self._batches = [_padded_batch(group, device) for group in _groups_by_length(pieces)]
         return self._batches
 
-    def varlen_plan(self, device: torch.device) -> "VarlenPlan":
-        """The same segments for a variable-length kernel; computed once per micro-batch."""
-        if self._plan is None:
-            self._plan = _varlen_plan(self.segments, device)
-        return self._plan
+    def varlen_plans(self, device: torch.device) -> list["VarlenPlan"]:
+        """The same for a variable-length kernel, a call per chunk; computed once per micro-batch."""
+        if self._plans is None:
+            self._plans = [_varlen_plan(chunk, device) for chunk in cut_into_pieces(self.segments, self.split)]
+        return self._plans
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """Bounds for a variable-length kernel whose causal mask is aligned to the last key.
+    """A chunk's pieces for a variable-length kernel whose causal mask is aligned to the last key."""
 
-    `kv_rows` indexes the stream for every key (a response's prompt is repeated before it); None when no segment has
-    a prefix and the keys are the stream itself.
-    """
-
+    queries: slice  # of this rank's tokens
     cu_seqlens_q: Tensor  # [n+1] int32
     cu_seqlens_kv: Tensor  # [n+1] int32
     max_q: int
     max_kv: int
-    kv_rows: Tensor | None
+    kv_rows: Tensor | slice  # of the whole stream; rows one by one where a prefix is repeated before its responses
 
 
-def _varlen_plan(segments: tuple[Segment, ...], device: torch.device) -> VarlenPlan:
-    bounds_q, bounds_kv, rows = [0], [0], []
-    for s in segments:
-        bounds_q.append(bounds_q[-1] + s.end - s.start)
-        bounds_kv.append(bounds_kv[-1] + s.length)
-        rows += [torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]
-    shared = any(s.prefix_length for s in segments)
+def _varlen_plan(pieces: list[Piece], device: torch.device) -> VarlenPlan:
+    bounds_q, bounds_kv = [0], [0]
+    for piece in pieces:
+        bounds_q.append(bounds_q[-1] + piece.end - piece.start)
+        bounds_kv.append(bounds_kv[-1] + piece.length)
     return VarlenPlan(
+        queries=slice(pieces[0].start, pieces[-1].end),
         cu_seqlens_q=torch.tensor(bounds_q, dtype=torch.int32, device=device),
         cu_seqlens_kv=torch.tensor(bounds_kv, dtype=torch.int32, device=device),
-        max_q=max(s.end - s.start for s in segments),
-        max_kv=max(s.length for s in segments),
-        kv_rows=torch.cat(rows).to(device) if shared else None,
+        max_q=max(piece.end - piece.start for piece in pieces),
+        max_kv=max(piece.length for piece in pieces),
+        kv_rows=_kv_rows([keys for piece in pieces for keys in piece.keys], device),
     )
 
 
-def _groups_by_length(segments: tuple[Segment, ...]) -> list[list[Segment]]:
-    groups: list[list[Segment]] = []
-    for segment in sorted((s for s in segments if s.end > s.start), key=lambda s: -s.length):
-        if groups and segment.length >= _MIN_FILL * groups[-1][0].length:
-            groups[-1].append(segment)
+def _kv_rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | slice:
+    if all(before[1] == after[0] for before, after in pairwise(ranges)):
+        return slice(ranges[0][0], ranges[-1][1])
+    return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """n pieces as rows of l keys, padded on the right. A query stands where its own key does.
+
+    Padding repeats row 0 of the stream; a slot that holds no query of the piece (padding, its prefix, keys before its
+    chunk) repeats this rank's query 0, and its output is thrown away.
+    """
+
+    keys: Tensor  # [n, l], rows of the whole stream
+    queries: Tensor  # [n, l], rows of this rank's tokens
+    slots: Tensor  # [q], where the flattened batch holds queries
+    tokens: Tensor  # [q], which of this rank's tokens they are
+
+
+def _groups_by_length(pieces: list[Piece]) -> list[list[Piece]]:
+    groups: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.length):
+        if groups and piece.length >= _MIN_FILL * groups[-1][0].length:
+            groups[-1].append(piece)
         else:
-            groups.append([segment])
+            groups.append([piece])
     return groups
 
 
-def _padded_batch(group: list[Segment], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _padded_batch(group: list[Piece], device: torch.device) -> PaddedBatch:
     longest = group[0].length
-    rows = torch.zeros(len(group), longest, dtype=torch.long)
-    stream, slots = [], []
-    for i, s in enumerate(group):
-        rows[i, : s.prefix_length] = torch.arange(s.prefix_start, s.prefix_end)
-        rows[i, s.prefix_length : s.length] = torch.arange(s.start, s.end)
-        stream.append(torch.arange(s.start, s.end))
-        slots.append(torch.arange(i * longest + s.prefix_length, i * longest + s.length))
-    return rows.to(device), torch.cat(stream).to(device), torch.cat(slots).to(device)
+    keys, queries = torch.zeros(2, len(group), longest, dtype=torch.long)
+    tokens, slots = [], []
+    for i, piece in enumerate(group):
+        length, own = piece.length, torch.arange(piece.start, piece.end)
+        keys[i, :length] = torch.cat([torch.arange(start, end) for start, end in piece.keys])
+        queries[i, length - len(own) : length] = own
+        tokens.append(own)
+        slots.append(torch.arange(i * longest + length - len(own), i * longest + length))
+    return PaddedBatch(keys.to(device), queries.to(device), torch.cat(slots).to(device), torch.cat(tokens).to(device))

@@ -12,7 +12,8 @@ def sum_metrics(parts: list[dict[str, torch.Tensor]], names: tuple[str, ...], ru
     Args:
         parts: one dict a micro-batch; empty except on the last pipeline stage.
         names: what to add up, the same on every process.
-        runtime: where this process stands; of each tensor-parallel group one member counts.
+        runtime: where this process stands; of each tensor-parallel group one member counts. Context-parallel ranks all
+            count: of what they know together, all but one must have left zeros.
     """
     total = torch.zeros(len(names), dtype=torch.float64)
     if runtime.is_last_stage and runtime.tp_rank == 0:

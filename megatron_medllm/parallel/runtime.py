@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.context import ContextSplit
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands. Groups are Megatron-Core's; `tp_group` is passed on, never looked up deep inside."""
+    """Where this process stands. Groups are Megatron-Core's; they are passed on, never looked up deep inside."""
 
     device: torch.device
     rank: int
@@ -23,13 +24,20 @@ class Runtime:
     pp_rank: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     is_last_stage: bool
 
     @property
     def is_main(self) -> bool:
         """True on the one process that prints and writes what is written once."""
         return self.rank == 0
+
+    @property
+    def split(self) -> ContextSplit:
+        """Which part of its replica's streams this process holds."""
+        return ContextSplit(self.cp_rank, self.layout.cp)
 
 
 def launched_world_size() -> int:
@@ -54,11 +62,6 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
     if world_size != layout.world_size:
         raise UserError(f"layout needs {layout.world_size} processes, but {world_size} were started")
     cuda = torch.cuda.is_available()
-    if layout.cp > 1:  # every rank would attend over the whole stream as if it were its part
-        raise UserError(
-            f"layout.cp={layout.cp}: documents of a packed stream are not split over context-parallel ranks; for long "
-            "sequences use layout.tp with sp, and recompute"
-        )
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -89,7 +92,9 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         pp_rank=pp_rank,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         is_last_stage=pp_rank == layout.pp - 1,
     )
 

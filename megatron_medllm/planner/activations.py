@@ -67,13 +67,18 @@ def attention_activations(workload: Workload, *, on_cpu: bool) -> dict[str, int]
 
     Rotated q and k are new tensors, v is a view that keeps the whole qkv output alive, except where padded copies
     are attended over (CPU) or the rotation is fused (te). The CPU path keeps its output three times: of the kernel,
-    scattered, and gathered. Selective recomputation keeps the inputs and the gathered output alone.
+    scattered, and gathered. Selective recomputation keeps the inputs and the gathered output alone. Under context
+    parallelism K and V are those of all ranks, unless recomputation gathers them anew.
     """
+    cp = workload.layout.cp
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
     hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
     selective = workload.layout.recompute == "selective"
     copies = on_cpu and not selective
-    inputs = hidden + 2 * kv if copies or workload.backend == "te" else 2 * hidden + 3 * kv
+    if cp > 1 and not selective:
+        inputs = hidden + 2 * kv * cp
+    else:
+        inputs = hidden + 2 * kv if copies or workload.backend == "te" else 2 * hidden + 3 * kv
     statistic = 0 if selective else FP32_BYTES * shape.num_attention_heads // tp
     projection = linear_input_bytes(workload, "linear_proj", hidden) // tp
     kernel_output = 0 if selective else hidden * e // tp

@@ -61,18 +61,16 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
         traffic += parameters * (0.5 + 2 * e)
     memory = traffic / (hardware.memory_bandwidth * hardware.efficiency_memory)
     tensor_parallel = tensor_parallel_time(workload, hardware)
-    # Ring attention passes K and V on; the exchange overlaps the attention of the block before it.
-    ring = 2 * tokens * kv * e / layout.tp * (layout.cp - 1) / link_bandwidth(hardware, layout.tp * layout.cp)
-    context_parallel = max(0.0, ring - attention) if layout.cp > 1 else 0.0
+    # K and V of the other ranks are gathered before attention begins, and their gradients go back after it.
+    others = 2 * tokens * kv * e / layout.tp * (layout.cp - 1)
+    context_parallel = others / link_bandwidth(hardware, layout.tp * layout.cp) if layout.cp > 1 else 0.0
     forward = PassTime(gemm, attention, memory, tensor_parallel, context_parallel)
     products = 1.0 if workload.frozen_base else 2.0
-    backward = PassTime(
-        products * gemm, ATTENTION_BACKWARD * attention, 2 * memory, tensor_parallel, 2 * context_parallel
-    )
+    backward = PassTime(products * gemm, ATTENTION_BACKWARD * attention, 2 * memory, tensor_parallel, context_parallel)
     if layout.recompute == "full":
         backward = backward + forward
     elif layout.recompute == "selective":
-        backward = backward + PassTime(attention=attention)
+        backward = backward + PassTime(attention=attention, context_parallel=context_parallel)
     return forward, backward
 
 

@@ -43,8 +43,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         self.layout.check_model(self.shape)
-        if self.sequence_length % self.layout.cp:
-            raise UserError(f"sequence_length {self.sequence_length} is not a multiple of layout.cp={self.layout.cp}")
+        self.layout.check_stream(self.micro_batch_size * self.sequence_length)
         per_round = self.micro_batch_size * self.layout.data_parallel_size
         if self.global_batch_size % per_round:
             raise UserError(

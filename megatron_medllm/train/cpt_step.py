@@ -45,8 +45,7 @@ class CptStep:
                 f"micro_batch_size x dp = {config.micro_batch_size} x {runtime.dp_size}"
                 + (f" x pp = {runtime.layout.pp} (interleaved stages)" if runtime.layout.vpp > 1 else "")
             )
-        if config.sequence_length % (runtime.layout.tp if runtime.layout.sp else 1):
-            raise UserError(f"sequence_length={config.sequence_length} is not a multiple of tp={runtime.layout.tp}")
+        runtime.layout.check_stream(self.stream_length)
         tokens = config.train_tokens or int((config.epochs or 0) * blend.train_tokens)
         self._batch_sizes = _batch_sizes(tokens // config.sequence_length, config, per_round)
         if not self._batch_sizes:
@@ -85,7 +84,9 @@ class CptStep:
         micro_batch = next(iterator)
         # Every counted token's loss is -log p: its gradient is known before the backward pass.
         uniform_grad = None if self._config.z_loss else -1.0
-        inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend, uniform_grad=uniform_grad)
+        inputs = micro_batch.model_inputs(
+            self._runtime.device, backend=self._backend, uniform_grad=uniform_grad, split=self._runtime.split
+        )
         return chunk(**inputs), partial(self._loss, micro_batch, inputs["labels"][0] != IGNORED)
 
     def _loss(
@@ -93,7 +94,9 @@ class CptStep:
     ) -> tuple[Tensor, Tensor, dict]:
         loss = cpt_loss(output[0], output[1], counted, z_loss=self._config.z_loss)
         count = counted.sum()
-        work = {"tokens": torch.tensor(len(micro_batch.tokens)), "attended": torch.tensor(micro_batch.attended)}
+        # Context-parallel ranks hold the same stream: each counts its own tokens, one of them what all attend to.
+        attended = micro_batch.attended if self._runtime.cp_rank == 0 else 0
+        work = {"tokens": torch.tensor(len(counted)), "attended": torch.tensor(attended)}
         return loss, count.int(), {"loss": loss.detach(), "count": count, **work}
 
     def consumed(self, step: int) -> list[Any]:

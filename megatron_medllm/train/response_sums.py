@@ -5,22 +5,34 @@ import torch
 from torch import Tensor
 
 from megatron_medllm.data.pairs import PairMicroBatch
+from megatron_medllm.parallel.context import sum_over_context
+from megatron_medllm.parallel.runtime import Runtime
 
 
-def sum_by_response(token_logprobs: Tensor, micro_batch: PairMicroBatch) -> dict[str, Tensor]:
-    """Sum token log-probabilities [t] over each response: `PairLogprobs`' policy fields and lengths, [p] each."""
-    device = token_logprobs.device
-    labelled = torch.from_numpy(np.flatnonzero(micro_batch.response >= 0)).to(device)
-    slots = torch.from_numpy(micro_batch.response).to(device)[labelled]
-    preferred = torch.from_numpy(micro_batch.preferred).to(device)[labelled]
+def sum_by_response(token_logprobs: Tensor, micro_batch: PairMicroBatch, ranks: Runtime) -> dict[str, Tensor]:
+    """Sum token log-probabilities over each response: `PairLogprobs`' policy fields and lengths, [p] each.
+
+    Args:
+        token_logprobs: [t/cp], of this rank's tokens.
+        micro_batch: the whole stream.
+        ranks: where this process stands; every context-parallel rank gets the sums over all of them.
+    """
+    device, split = token_logprobs.device, ranks.split
+    own = split.take(micro_batch.response)
+    labelled = torch.from_numpy(np.flatnonzero(own >= 0)).to(device)
+    slots = torch.from_numpy(own).to(device)[labelled]
+    preferred = torch.from_numpy(split.take(micro_batch.preferred)).to(device)[labelled]
     values = token_logprobs[labelled]
-
-    def total(what: Tensor) -> Tensor:
-        sums = torch.zeros(2 * len(micro_batch.rows), device=device)
-        return sums.index_add(0, slots, what.float()).view(-1, 2)
-
-    scored, full = total(values * preferred), total(values)
-    scored_tokens, full_tokens = total(preferred), total(torch.ones_like(values))
+    full, scored = (
+        torch.zeros(2 * len(micro_batch.rows), device=device).index_add(0, slots, what.float())
+        for what in (values, values * preferred)
+    )
+    if split.size > 1 and micro_batch.rows:
+        full, scored = sum_over_context(torch.stack((full, scored)), ranks.cp_group)
+    scored, full = scored.view(-1, 2), full.view(-1, 2)
+    full_tokens, scored_tokens = (
+        torch.from_numpy(_count(micro_batch, weights)).to(device) for weights in (None, micro_batch.preferred)
+    )
     return {
         "chosen": scored[:, 0],
         "rejected": scored[:, 1],
@@ -29,3 +41,11 @@ def sum_by_response(token_logprobs: Tensor, micro_batch: PairMicroBatch) -> dict
         "rejected_tokens": scored_tokens[:, 1].clamp(min=1),
         "chosen_full_tokens": full_tokens[:, 0],
     }
+
+
+def _count(micro_batch: PairMicroBatch, weights: np.ndarray | None) -> np.ndarray:
+    """Tokens [p, 2] fp32 of every response."""
+    labelled = micro_batch.response >= 0
+    weights = None if weights is None else weights[labelled]
+    counts = np.bincount(micro_batch.response[labelled], weights, minlength=2 * len(micro_batch.rows))
+    return counts.astype(np.float32).reshape(-1, 2)

@@ -22,7 +22,13 @@ from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.scoring import load_run_pairs, pack_batch, quantized_base, reference_key, shares_prompt
+from megatron_medllm.train.scoring import (
+    load_run_pairs,
+    pack_batch,
+    quantized_base,
+    reference_key,
+    shares_prompt,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +60,7 @@ class RpoStep:
     metric_names = ("loss", "count", "tokens", "pair_tokens", "unshared_tokens", "abs_margin", *_NAMES)
 
     def __init__(self, run: RunConfig, config: RpoConfig, runtime: Runtime) -> None:
-        self._config, self._runtime = config, runtime
+        self._run, self._config, self._runtime = run, config, runtime
         self._backend, self._dtype = run.model.backend, run.model.dtype
         self._share_prompt = shares_prompt(run, config)
         self._seed = run.seed
@@ -84,12 +90,11 @@ class RpoStep:
         return [self.pairs[row] for row in order[first : first + size]]
 
     def micro_batches(self, step: int) -> list[PairMicroBatch]:
-        batch = self._batch(step)
-        return pack_batch(batch, self._runtime, stream_length=self.stream_length, share_prompt=self._share_prompt)
+        return pack_batch(self._batch(step), self._run, self._config, self._runtime)
 
     def forward(self, iterator: Iterator[PairMicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(iterator)
-        inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend)
+        inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend, split=self._runtime.split)
         return chunk(**inputs), partial(self._loss, micro_batch)
 
     def _loss(self, micro_batch: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
@@ -103,10 +108,10 @@ class RpoStep:
         }
         if not pairs:
             zeros = dict.fromkeys(("loss", "abs_margin", *_NAMES), torch.zeros(()))
-            return output[0].sum() * 0.0, count, {"count": count, **tokens, **zeros}
+            return output[0].sum() * 0.0, *self._counted_once(count, {**tokens, **zeros})
         reference = [self._reference.get(row, (0.0, 0.0)) for row in micro_batch.rows]
         logprobs = PairLogprobs(
-            **sum_by_response(output[0], micro_batch),
+            **sum_by_response(output[0], micro_batch, self._runtime),
             reference_chosen=torch.tensor([chosen for chosen, _ in reference], device=device),
             reference_rejected=torch.tensor([rejected for _, rejected in reference], device=device),
         )
@@ -114,7 +119,12 @@ class RpoStep:
         weights = torch.tensor([pair.weight for pair in pairs], device=device)
         total = (loss * weights).sum()
         sums = {name: metrics[name].sum() for name in _NAMES} | {"abs_margin": metrics["margin"].abs().sum()}
-        return total, count, {"loss": total.detach(), "count": count, **tokens, **sums}
+        return total, *self._counted_once(count, {"loss": total.detach(), **tokens, **sums})
+
+    def _counted_once(self, count: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss function returns beside the loss: zeros on all but one of the ranks that share the pairs."""
+        once = int(self._runtime.cp_rank == 0)
+        return count * once, {name: value * once for name, value in (metrics | {"count": count}).items()}
 
     def consumed(self, step: int) -> list[Any]:
         return [pair.row for pair in self._batch(step)]

@@ -1,6 +1,7 @@
 """Reference scoring: the model's log-probabilities of every pair, once, in any layout, resumable."""
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,20 @@ def shares_prompt(run: RunConfig, config: RpoConfig) -> bool:
     return config.share_prompt and run.model.backend == "torch"
 
 
+def _rows_multiple(run: RunConfig, config: RpoConfig) -> int:
+    """What the tokens of every rank's part of a stream must be a multiple of: TE's FP8 products want 16."""
+    return 16 if run.model.backend == "te" and config.fp8_gemms is not None else 1
+
+
 def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
     """The pairs of a run, tokenized with its model's tokenizer.
 
     Raises:
-        UserError: as `load_pairs`, or a token lies outside the model's vocabulary.
+        UserError: as `load_pairs`, a token lies outside the model's vocabulary, or the layout cannot share streams
+            out evenly.
     """
     capacity = config.micro_batch_size * config.sequence_length
+    run.layout.check_stream(capacity)
     share = shares_prompt(run, config)
     pair_set = load_pairs(config, run.tokenizer_dir(), cut_length=capacity, share_prompt=share)
     vocab_size = run.model.resolve_shape().vocab_size
@@ -77,21 +85,21 @@ def digest_weights(hf_dir: Path) -> str:
     return digest_value({path.name: digest_file(path) for path in files})
 
 
-def pack_batch(
-    pairs: list[Pair], ranks: runtime.Runtime, *, stream_length: int, share_prompt: bool
-) -> list[PairMicroBatch]:
-    """This replica's share of some pairs, as streams of at most `stream_length` tokens."""
-    layout = ranks.layout
+def pack_batch(pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> list[PairMicroBatch]:
+    """This replica's share of some pairs, as streams of at most `micro_batch_size` x `sequence_length` tokens."""
+    layout, share = ranks.layout, shares_prompt(run, config)
+    capacity = config.micro_batch_size * config.sequence_length
     plan = plan_micro_batches(
-        [pair.packed_length(share_prompt=share_prompt) for pair in pairs],
-        capacity=stream_length,
+        [pair.packed_length(share_prompt=share) for pair in pairs],
+        capacity=capacity,
         replicas=ranks.dp_size,
         rounds_multiple=layout.pp if layout.vpp > 1 else 1,
     )
     # A pipeline exchanges tensors of one fixed shape; without one, padding would be wasted work.
-    fixed = stream_length if layout.pp > 1 else None
+    fixed = capacity if layout.pp > 1 else None
+    multiple = _rows_multiple(run, config) * math.lcm(layout.tp, layout.stream_multiple)
     return [
-        pack_pairs([pairs[i] for i in stream], share_prompt=share_prompt, stream_length=fixed, multiple=layout.tp)
+        pack_pairs([pairs[i] for i in stream], share_prompt=share, stream_length=fixed, multiple=multiple)
         for stream in plan[ranks.dp_rank]
     ]
 
@@ -125,11 +133,11 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
         done = [cache.open_for_writing(reference_key(run, config, pair_set))]
     dist.broadcast_object_list(done, src=0)
     parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
-    capacity, share = config.micro_batch_size * config.sequence_length, shares_prompt(run, config)
+    capacity = config.micro_batch_size * config.sequence_length
     with progress("score", total=len(pair_set.pairs)) as bar:
         for number, part in enumerate(parts):
             if any(pair.row not in done[0] for pair in part):
-                streams = pack_batch(part, ranks, stream_length=capacity, share_prompt=share)
+                streams = pack_batch(part, run, config, ranks)
                 columns = score_streams(streams, [pair.row for pair in part], run, ranks, chunks, capacity=capacity)
                 if ranks.is_main:
                     cache.write_part(number, columns)
@@ -161,8 +169,8 @@ def score_streams(
 
     def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         stream = next(iterator)
-        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend))
-        return output, partial(_collect, stream)
+        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend, split=ranks.split))
+        return output, partial(_collect, stream, ranks)
 
     found = mcore.run_micro_batches(forward, chunks, streams, stream_length=capacity, forward_only=True)
     scored = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
@@ -174,9 +182,11 @@ def score_streams(
     return {"row": np.array(rows), **{name: values[:, i] for i, name in enumerate(names)}}
 
 
-def _collect(stream: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
+def _collect(
+    stream: PairMicroBatch, ranks: runtime.Runtime, output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, dict]:
     token_logprobs = output[0]
     count = torch.tensor(len(stream.rows), dtype=torch.int32, device=token_logprobs.device)
-    sums = sum_by_response(token_logprobs, stream)
+    sums = sum_by_response(token_logprobs, stream, ranks)
     columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
     return token_logprobs.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}

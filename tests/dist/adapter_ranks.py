@@ -48,13 +48,13 @@ def micro_batches(step: int, ranks: runtime.Runtime) -> list[MicroBatch]:
     return streams[ranks.dp_rank :: ranks.dp_size]
 
 
-def forward(device: torch.device, iterator: Any, chunk: Any) -> tuple[Tensor, Any]:
-    output = chunk(**next(iterator).model_inputs(device, backend="torch", uniform_grad=-1.0))
-    return output, loss
+def forward(ranks: runtime.Runtime, iterator: Any, chunk: Any) -> tuple[Tensor, Any]:
+    inputs = next(iterator).model_inputs(ranks.device, backend="torch", uniform_grad=-1.0, split=ranks.split)
+    return chunk(**inputs), loss
 
 
 def loss(output: Tensor) -> tuple[Tensor, Tensor, dict]:
-    counted = torch.ones(STREAM, dtype=torch.bool)
+    counted = torch.ones(len(output[0]), dtype=torch.bool)
     total = cpt_loss(output[0], output[1], counted, z_loss=0.0)
     return total, counted.sum().int(), {"loss": total.detach(), "count": counted.sum()}
 
@@ -90,7 +90,7 @@ def train(job: dict[str, Any]) -> None:
         optimizer.zero_grad()
         torch.manual_seed(step)  # as the training loop does; layouts draw differently while they are built
         parts = mcore.run_micro_batches(
-            partial(forward, ranks.device), chunks, micro_batches(step, ranks), stream_length=STREAM
+            partial(forward, ranks), chunks, micro_batches(step, ranks), stream_length=STREAM
         )
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])

@@ -46,7 +46,7 @@ def train(job: dict[str, Any]) -> None:
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         batches = micro_batches(step, ranks)
-        parts = mcore.run_micro_batches(partial(forward, ranks.device), chunks, batches, stream_length=STREAM)
+        parts = mcore.run_micro_batches(partial(forward, ranks), chunks, batches, stream_length=STREAM)
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])
         _, norm = mcore.clip_and_step(optimizer, clip_grad=1.0)

@@ -24,6 +24,7 @@ LAYOUTS = {
     "sp_recompute": SP | {"recompute": "full"},
     "vpp": PP | {"vpp": 2},
     "dp": {"dp": 2},
+    "cp": {"cp": 2, "distributed_optimizer": False},
 }
 DROPOUT = FILLED | {"adapter": LORA | {"dropout": 0.3}}
 LOADED = {"adapter": LORA, "steps": [2, 3]}
@@ -57,6 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
             "peft_sp": {"adapter": LORA, "steps": [2], "layout": SP, "peft": from_one},
             "peft_vpp": {"adapter": LORA, "steps": [2], "layout": LAYOUTS["vpp"], "peft": from_one},
             "dropout_tp": DROPOUT | {"layout": {"tp": 2}},
+            "dropout_cp": DROPOUT | {"layout": {"cp": 2}},
             **{f"{name}_sp": job | {"layout": SP} for name, job in bases.items()},
         },
     )
@@ -132,9 +134,10 @@ def test_a_quantized_base_is_the_same_model_under_tensor_parallelism(results: di
     assert abs(one["losses"][0] - results["one"][0]["losses"][0]) > 2 * tolerance, "the base was not quantized"
 
 
-def test_dropout_drops_the_same_under_tensor_parallelism(results: dict):
+@pytest.mark.parametrize("name", ["dropout_tp", "dropout_cp"])
+def test_dropout_drops_the_same_where_tokens_or_weights_are_split(results: dict, name: str):
     one = results["dropout_one"][0]["losses"]
-    assert results["dropout_tp"][0]["losses"] == pytest.approx(one, abs=2e-6)
+    assert results[name][0]["losses"] == pytest.approx(one, abs=2e-6)
     assert abs(one[0] - results["one"][0]["losses"][0]) > 1e-4, "nothing was dropped"
 
 

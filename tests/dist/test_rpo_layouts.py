@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
@@ -17,6 +18,7 @@ from tests.dist.rpo_ranks import first_step
 # Without the distributed optimizer every replica holds the whole gradient.
 LAYOUTS = {
     "dp": {"dp": 2, "distributed_optimizer": False},
+    "cp": {"cp": 2, "distributed_optimizer": False},
     "tp": {"tp": 2},
     "sp": {"tp": 2, "sp": True},
     "pp": {"pp": 2},
@@ -38,7 +40,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return rpo_settings(model, pairs, place / name, layout=layout, **{"reference": str(place / "reference")} | rpo)
 
     scoring = settings("score", layout={"tp": 2, "sp": True})
-    jobs = [{"do": "score", "settings": scoring}]
+    context = settings("score_cp", layout={"cp": 2}, reference=str(place / "reference_cp"))
+    jobs = [{"do": "score", "settings": scoring}, {"do": "score", "settings": context}]
     jobs += [
         {"do": "first step", "settings": settings(name, layout=layout), "out": str(place / name)}
         for name, layout in LAYOUTS.items()
@@ -95,6 +98,17 @@ def test_a_reference_scored_under_tensor_parallelism_serves_a_pipeline(directory
     assert two == pytest.approx(one, rel=1e-6)
 
 
-def test_the_layout_is_not_in_the_reference(directory: Path) -> None:
-    ours, theirs = (json.loads((directory / name / "key.json").read_text()) for name in ("reference", "reference_one"))
+@pytest.mark.parametrize("name", ["reference", "reference_cp"])
+def test_the_layout_is_not_in_the_reference(directory: Path, name: str) -> None:
+    ours, theirs = (json.loads((directory / each / "key.json").read_text()) for each in (name, "reference_one"))
     assert ours == theirs
+    scored, expected = (read_scores(directory / each) for each in (name, "reference_one"))
+    assert scored.keys() == expected.keys() and len(scored["row"]) == 19
+    for column, values in expected.items():
+        assert scored[column] == pytest.approx(values, rel=1e-6), column
+
+
+def read_scores(reference: Path) -> dict[str, np.ndarray]:
+    (part,) = reference.glob("*.npz")
+    with np.load(part) as columns:
+        return dict(columns)

@@ -165,7 +165,6 @@ def test_a_cuda_run_is_not_redirected(monkeypatch: pytest.MonkeyPatch):
     [
         (LayoutConfig(tp=2), "1", "layout needs 2 processes, but 1 were started"),
         (LayoutConfig(), "4", "layout needs 1 processes, but 4 were started"),
-        (LayoutConfig(cp=2), "2", "layout.cp=2: documents of a packed stream are not split"),
     ],
 )
 def test_what_cannot_start_says_why(

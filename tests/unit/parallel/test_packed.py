@@ -4,6 +4,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
-from megatron_medllm.parallel.packed import PackedSequences, Segment
+from megatron_medllm.parallel.context import WHOLE, ContextSplit
+from megatron_medllm.parallel.packed import PackedSequences, Piece, Segment, cut_into_pieces
 
 CPU = torch.device("cpu")
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -19,8 +21,9 @@ SIGNATURE = inspect.signature(varlen.varlen_attn)
 SHARED = (Segment(0, 3), Segment(3, 5), Segment(5, 6, 3, 5), Segment(6, 8, 3, 5))
 
 
-def pack(segments: tuple[Segment, ...], backend: str = "torch") -> PackedSequences:
-    return PackedSequences.from_segments(segments, torch.zeros(segments[-1].end), backend=backend)
+def pack(segments: tuple[Segment, ...], backend: str = "torch", split: ContextSplit = WHOLE) -> PackedSequences:
+    positions = torch.zeros(segments[-1].end // split.size)
+    return PackedSequences.from_segments(segments, positions, backend=backend, split=split)
 
 
 def test_a_segment_moves_with_its_prefix():
@@ -30,20 +33,70 @@ def test_a_segment_moves_with_its_prefix():
 
 
 def test_bounds_for_variable_length_kernels():
-    plan = pack(SHARED).varlen_plan(CPU)
+    (plan,) = pack(SHARED).varlen_plans(CPU)
+    assert plan.queries == slice(0, 8)
     assert plan.cu_seqlens_q.tolist() == [0, 3, 5, 6, 8]
     assert plan.cu_seqlens_kv.tolist() == [0, 3, 5, 8, 12]
     assert (plan.max_q, plan.max_kv) == (3, 4)
-    assert plan.kv_rows is not None and plan.kv_rows.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
-    assert pack(SHARED[:2]).varlen_plan(CPU).kv_rows is None
+    assert plan.kv_rows.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
+    (plan,) = pack(SHARED[:2]).varlen_plans(CPU)
+    assert plan.kv_rows == slice(0, 5)
 
 
 def test_padded_batches_put_similar_lengths_together():
     batches = pack(SHARED).padded_batches(CPU)
-    rows = [batch[0].tolist() for batch in batches]
-    assert rows == [[[3, 4, 6, 7], [0, 1, 2, 0], [3, 4, 5, 0]], [[3, 4]]]
-    assert [batch[1].tolist() for batch in batches] == [[6, 7, 0, 1, 2, 5], [3, 4]]
-    assert [batch[2].tolist() for batch in batches] == [[2, 3, 4, 5, 6, 10], [0, 1]]
+    assert [batch.keys.tolist() for batch in batches] == [[[3, 4, 6, 7], [0, 1, 2, 0], [3, 4, 5, 0]], [[3, 4]]]
+    assert [batch.queries.tolist() for batch in batches] == [[[0, 0, 6, 7], [0, 1, 2, 0], [0, 0, 5, 0]], [[3, 4]]]
+    assert [batch.tokens.tolist() for batch in batches] == [[6, 7, 0, 1, 2, 5], [3, 4]]
+    assert [batch.slots.tolist() for batch in batches] == [[2, 3, 4, 5, 6, 10], [0, 1]]
+
+
+def test_every_rank_gets_an_early_and_a_late_chunk():
+    assert [ContextSplit(rank, 3).chunks(12) for rank in range(3)] == [
+        ((0, 2), (10, 12)),
+        ((2, 4), (8, 10)),
+        ((4, 6), (6, 8)),
+    ]
+    assert ContextSplit(1, 2).take(np.arange(8) * 10).tolist() == [20, 30, 40, 50]
+    assert WHOLE.chunks(7) == ((0, 7),)
+    with pytest.raises(ValueError, match="10 tokens does not make 4 equal chunks"):
+        ContextSplit(0, 2).chunks(10)
+
+
+def test_chunks_cut_segments_into_pieces():
+    """Of the queries that a chunk cuts out, keys are the prefix and the segment from its beginning."""
+    first, second = (cut_into_pieces(SHARED, ContextSplit(rank, 2)) for rank in (0, 1))
+    assert first == [  # tokens 0, 1 | 6, 7
+        [Piece(0, 2, ((0, 2),))],
+        [Piece(2, 4, ((3, 5), (6, 8)))],
+    ]
+    assert second == [  # tokens 2, 3 | 4, 5
+        [Piece(0, 1, ((0, 3),)), Piece(1, 2, ((3, 4),))],
+        [Piece(2, 3, ((3, 5),)), Piece(3, 4, ((3, 5), (5, 6)))],
+    ]
+    assert cut_into_pieces(SHARED, WHOLE) == [
+        [Piece(0, 3, ((0, 3),)), Piece(3, 5, ((3, 5),)), Piece(5, 6, ((3, 5), (5, 6))), Piece(6, 8, ((3, 5), (6, 8)))]
+    ]
+
+
+def test_bounds_of_a_chunk_for_variable_length_kernels():
+    early, late = pack(SHARED, split=ContextSplit(1, 2)).varlen_plans(CPU)
+    assert (early.queries, late.queries) == (slice(0, 2), slice(2, 4))
+    assert (early.cu_seqlens_q.tolist(), early.cu_seqlens_kv.tolist()) == ([0, 1, 2], [0, 3, 4])
+    assert (late.cu_seqlens_q.tolist(), late.cu_seqlens_kv.tolist()) == ([0, 1, 2], [0, 2, 5])
+    assert (early.max_q, early.max_kv, late.max_q, late.max_kv) == (1, 3, 1, 3)
+    assert early.kv_rows == slice(0, 4)  # documents follow each other: no row is copied
+    assert late.kv_rows.tolist() == [3, 4, 3, 4, 5]
+    late_document = pack((Segment(0, 3), Segment(3, 8)), split=ContextSplit(0, 2)).varlen_plans(CPU)[1]
+    assert late_document.kv_rows == slice(3, 8)
+
+
+def test_queries_of_a_chunk_stand_behind_their_earlier_keys():
+    long, short = pack((Segment(0, 3), Segment(3, 8)), split=ContextSplit(1, 2)).padded_batches(CPU)
+    assert long.keys.tolist() == [[0, 1, 2], [3, 4, 5]]  # of token 2, and of 4 and 5
+    assert long.queries.tolist() == [[0, 0, 0], [0, 2, 3]]
+    assert (long.slots.tolist(), long.tokens.tolist()) == ([2, 4, 5], [0, 2, 3])
+    assert (short.keys.tolist(), short.queries.tolist()) == ([[3]], [[1]])
 
 
 def test_te_gets_cumulative_lengths():
@@ -53,6 +106,7 @@ def test_te_gets_cumulative_lengths():
     assert packed.max_seqlen_q == 3
     with pytest.raises(ValueError, match="side by side"):
         pack(SHARED, backend="te")
+    assert pack(SHARED, backend="te", split=ContextSplit(0, 2)).qkv_format == "sbhd"  # then the attention is ours
 
 
 @pytest.mark.parametrize(
@@ -98,3 +152,9 @@ def test_both_kernels_are_asked_for_the_same_attention(monkeypatch: pytest.Monke
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     found = _flash_varlen(query, key, value, pack(segments), scale)
     assert (found - expected).abs().max() < 1e-6
+    for rank in (0, 1):  # with all keys, each rank's queries find what they find in the whole stream
+        split = ContextSplit(rank, 2)
+        own = torch.from_numpy(split.take(np.arange(28)))
+        for attend in (_padded_sdpa, _flash_varlen):
+            found = attend(query[own], key, value, pack(segments, split=split), scale)
+            assert (found - expected[own]).abs().max() < 1e-6
