@@ -22,8 +22,9 @@ throughput() {
   local name=$1 recipe=$2; shift 2
   limited "train-$name" "${TRAIN_LIMIT:-100}" "$python" -W ignore -m megatron_medllm bench throughput "examples/$recipe.yaml" \
     data=/nowhere model.path=null model.size=7b "run_dir=$out/work-$name" "$@" \
-    --synthetic --steps "${STEPS:-6}" --warmup-steps 2 --hardware "${HARDWARE:-h200}" --output "$out/train/$name"
+    --synthetic --steps "${STEPS:-6}" --warmup-steps 2 --profile --output "$out/train/$name"
   tail -n 25 "$out/train-$name.log"
+  head -n 40 "$out/train/$name/profile.md"
   rm -rf "$out/work-$name" "$out/train/$name/synthetic" "$out/train/$name/work"
 }
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 import megatron_medllm.kernels.fp8.quantize_triton as fp8
 import megatron_medllm.kernels.logprob.rows_triton as head
+import megatron_medllm.kernels.rope.rope_triton as rope
 from megatron_medllm.storage import atomic_write
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -62,18 +63,21 @@ class Compiled:
 
 _EXP, _WIDE_LOAD, _WIDE_STORE, _TO_FP8 = "MUFU.EX2", "LDG.E.128", "STG.E.128", "SATFINITE.E4M3"
 _INTEGERS = dict.fromkeys(
-    ("rows", "columns", "m", "k", "n", "h", "z_stride", "out_stride", "x_stride", "q_stride", "qt_stride", "w_stride"),
+    (
+        *("rows", "columns", "m", "k", "n", "h", "heads", "half"),
+        *("z_stride", "out_stride", "x_stride", "q_stride", "qt_stride", "w_stride", "token_stride", "head_stride"),
+    ),
     "i32",
 )
 _FLOATS = dict.fromkeys(("inverse_temperature", "softcap", "eps"), "fp32")
 _POINTERS = {
     "target_ptr": "*i64",
     **dict.fromkeys(("stats_ptr", "lse_ptr", "grad_logprob_ptr", "grad_lse_ptr"), "*fp32"),
-    **dict.fromkeys(("s_ptr", "st_ptr", "inverse_rms_ptr"), "*fp32"),
+    **dict.fromkeys(("s_ptr", "st_ptr", "inverse_rms_ptr", "cosines_ptr", "sines_ptr"), "*fp32"),
     **dict.fromkeys(("q_ptr", "qt_ptr"), "*fp8e4nv"),
     **dict.fromkeys(("x_ptr", "w_ptr", "weight_ptr"), "*bf16"),
 }
-_UNALIGNED = {"s_stride"}  # k / 128 need not be a multiple of 16
+_UNALIGNED = {"s_stride", "heads"}  # k / 128 and the heads on a rank need not be a multiple of 16
 
 
 def variants() -> Iterator[Variant]:
@@ -114,6 +118,9 @@ def variants() -> Iterator[Variant]:
     yield Variant(
         "quantize_weight", fp8.quantize_weight_kernel, types, {"POWER_OF_TWO": False}, 8, (_WIDE_LOAD, _TO_FP8)
     )
+    for width in (64, 128):
+        constants = {"HEADS": 4, "BLOCK": width // 2}
+        yield Variant(f"rotate, heads of {width}", rope.rotate_kernel, {"out_ptr": "*bf16"}, constants, 4, ())
     types = {"q_ptr": "*u8", "out_ptr": "*u8"}
     yield Variant("transpose_fp8", fp8.transpose_kernel, types, {"TILE": 128}, 8, (_WIDE_LOAD, _WIDE_STORE))
 

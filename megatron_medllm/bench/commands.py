@@ -21,6 +21,7 @@ DocumentLength = Annotated[int, typer.Option(min=1, help="mean tokens of a synth
 PromptLength = Annotated[int, typer.Option(min=1, help="mean tokens of a synthetic prompt")]
 ResponseLength = Annotated[int, typer.Option(min=1, help="mean tokens of a synthetic answer")]
 Hardware = Annotated[str | None, typer.Option(help="whose peak MFU refers to; default: this device, where known")]
+Profile = Annotated[bool, typer.Option("--profile", help="one more step, and where its time goes as profile.md")]
 Output = Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/bench")]
 
 
@@ -35,6 +36,7 @@ def throughput(
     prompt_length: PromptLength = 256,
     response_length: ResponseLength = 256,
     hardware: Hardware = None,
+    profile: Profile = False,
     output: Output = None,
 ) -> None:
     """Measure `stage` as training runs it: tokens/s/GPU, pairs/s, FLOP/s, memory, shares of the step."""
@@ -43,7 +45,7 @@ def throughput(
     from megatron_medllm.bench.throughput import measure
 
     lengths = {"document_length": document_length, "prompt_length": prompt_length, "response_length": response_length}
-    settings = _settings(run, output, steps, warmup_steps, synthetic, lengths, hardware)
+    settings = _settings(run, output, steps, warmup_steps, synthetic, lengths, hardware, profile)
     _show(measure(run, settings))
 
 
@@ -57,6 +59,7 @@ def scoring(
     prompt_length: PromptLength = 256,
     response_length: ResponseLength = 256,
     hardware: Hardware = None,
+    profile: Profile = False,
     output: Output = None,
 ) -> None:
     """Measure `medllm score`: tokens/s and pairs/s of the reference, rpo.global_batch_size pairs a step."""
@@ -65,7 +68,7 @@ def scoring(
     from megatron_medllm.bench.scoring import measure_scoring
 
     lengths = {"prompt_length": prompt_length, "response_length": response_length}
-    settings = _settings(run, output, steps, warmup_steps, synthetic, lengths, hardware)
+    settings = _settings(run, output, steps, warmup_steps, synthetic, lengths, hardware, profile)
     _show(measure_scoring(run, settings))
 
 
@@ -146,6 +149,7 @@ def _settings(
     synthetic: bool,
     lengths: dict[str, int],
     hardware: str | None,
+    profile: bool = False,
 ) -> Any:
     from megatron_medllm.bench.harness import BenchSettings
     from megatron_medllm.bench.synthetic import SyntheticData
@@ -156,6 +160,7 @@ def _settings(
         steps=steps,
         synthetic=SyntheticData(**lengths) if synthetic else None,
         hardware=hardware,
+        profile=profile,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_medllm.bench.environment import environment_facts, peak_memory_bytes
+from megatron_medllm.bench.profile import profile_report, profile_step
 from megatron_medllm.bench.report import throughput_report
 from megatron_medllm.bench.synthetic import SyntheticData
 from megatron_medllm.config.run import RunConfig
@@ -26,18 +27,22 @@ from megatron_medllm.train.throughput import known_hardware, peak_flops
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """`output` is a directory; `synthetic` makes up data and weights; `hardware` names the peak for MFU."""
+    """`output` is a directory; `synthetic` makes up data and weights; `hardware` names the peak for MFU.
+
+    `profile` adds a step behind the window, and where its time went as OUTPUT/profile.md.
+    """
 
     output: Path
     warmup_steps: int = 3
     steps: int = 10
     synthetic: SyntheticData | None = None
     hardware: str | None = None
+    profile: bool = False
 
     @property
     def all_steps(self) -> int:
         """Steps that are run."""
-        return self.warmup_steps + self.steps
+        return self.warmup_steps + self.steps + int(self.profile)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,14 @@ def measured_window(step: Callable[[int], Measured], settings: BenchSettings, de
         step(index)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    return [step(index) for index in range(settings.warmup_steps, settings.all_steps)]
+    end = settings.warmup_steps + settings.steps
+    rows = [step(index) for index in range(settings.warmup_steps, end)]
+    if settings.profile:
+        profiled = profile_step(lambda: step(end))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with atomic_write(settings.output / "profile.md") as stream:
+                stream.write((profile_report(profiled) + "\n").encode())
+    return rows
 
 
 def free_device_memory() -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 
+from megatron_medllm.kernels.rope import rotate
 from megatron_medllm.parallel.context import gather_stream
 from megatron_medllm.parallel.packed import PackedSequences
 
@@ -51,14 +52,17 @@ class PackedAttention(nn.Module):
         attention_bias: None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """Attend within segments.
+        """Rotate q and k to their positions and attend within segments.
 
         Returns:
             [t/cp, 1, np*hn], in the query's dtype.
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs PackedSequences")
+        if packed_seq_params.rotation is None:
+            raise ValueError("PackedSequences without the angles of their positions")
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
         if packed_seq_params.split.size != (1 if self.cp_group is None else self.cp_group.size()):
             raise ValueError(f"the stream is split {packed_seq_params.split.size} ways, the layout another")
         if self.cp_group is not None:

@@ -35,6 +35,7 @@ from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import Fp8Recipe
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
+from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.attention import PackedAttention
 from megatron_medllm.models.fp8_linears import BLOCK, FP8ColumnParallelLinear, FP8RowParallelLinear
 from megatron_medllm.parallel.packed import PackedSequences
@@ -111,7 +112,8 @@ def transformer_config(
         # Interleaved stages overlap their sends; freeing an output still being sent corrupts gradients silently.
         deallocate_pipeline_outputs=layout.vpp == 1,
         calculate_per_token_loss=True,
-        bias_activation_fusion=te,
+        # On CUDA compiled by torch, with or without TE: reads gate and up once, and keeps nothing but them.
+        bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=te,
         apply_rope_fusion=te,
         masked_softmax_fusion=False,
@@ -258,9 +260,11 @@ class Qwen25Model(GPTModel):
             if self.training and torch.is_grad_enabled() and not decoder_input.requires_grad:
                 # Recomputing a layer whose input needs no gradient gives its adapters none, silently.
                 decoder_input.requires_grad_()
-        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq.to(position_ids.device))
-        rotary_pos_emb = torch.cat((angles, angles), dim=-1)[:, None, None, :]  # [t, 1, 1, hn]
-        return decoder_input, rotary_pos_emb, None, None, None, padding_mask
+        # Not handed to Megatron's layers: the core attention rotates, in one kernel a tensor.
+        packed_seq_params.rotation = rotation_angles(
+            position_ids[0], self.rotary_pos_emb.inv_freq.to(position_ids.device)
+        )
+        return decoder_input, None, None, None, None, padding_mask
 
     def _postprocess(
         self,

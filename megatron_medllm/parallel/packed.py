@@ -78,13 +78,14 @@ def cut_into_pieces(segments: tuple[Segment, ...], split: ContextSplit) -> list[
 class PackedSequences(PackedSeqParams):
     """The micro-batch's segments, handed through Megatron-Core's layers to the core attention.
 
-    `qkv_format` stays "sbhd" for our core attention: Megatron then applies RoPE element-wise, with one angle per token
-    of `position_ids`, and passes this object on untouched. Transformer Engine's attention needs "thd" and `cu_seqlens`.
+    `qkv_format` stays "sbhd" for our core attention, which rotates q and k itself, by `rotation`; Megatron passes this
+    object on untouched. Transformer Engine's attention needs "thd" and `cu_seqlens`, and Megatron's own RoPE.
     """
 
     position_ids: Tensor | None = None  # [t/cp]
     segments: tuple[Segment, ...] = ()  # of the whole stream
     split: ContextSplit = WHOLE
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [t/cp, hn/2] fp32; the model sets it
     uniform_grad: float | None = None  # d loss / d log-prob of every counted token, where it is one known number
     _batches: "list[PaddedBatch] | None" = field(default=None, repr=False)
     _plans: "list[VarlenPlan] | None" = field(default=None, repr=False)

@@ -30,16 +30,14 @@ def all_layer_activations(workload: Workload, *, on_cpu: bool = False) -> dict[s
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
     hidden, ffn = shape.hidden_size, workload.ffn_hidden_size
     outside = tp if workload.layout.sp else 1
-    fused = workload.backend == "te"
     saved = {
         "attention norm": norm_bytes(workload, on_cpu=on_cpu),
         "qkv input": linear_input_bytes(workload, "linear_qkv", hidden) // outside,
-        "rope angles": 0 if fused else 4 * shape.kv_channels * e,
         **attention_activations(workload, on_cpu=on_cpu),
         "mlp norm": norm_bytes(workload, on_cpu=on_cpu),
         "fc1 input": linear_input_bytes(workload, "linear_fc1", hidden) // outside,
-        # gate and up; unfused SwiGLU also keeps silu(gate) and a copy of up.
-        "swiglu": (2 if fused else 4) * ffn * e // tp,
+        # gate and up; on a CPU, where SwiGLU is not fused, silu(gate) and a copy of up as well.
+        "swiglu": (4 if on_cpu else 2) * ffn * e // tp,
         "fc2 input": linear_input_bytes(workload, "linear_fc2", ffn) // tp,
     }
     if workload.frozen_base:
@@ -67,7 +65,7 @@ def attention_activations(workload: Workload, *, on_cpu: bool) -> dict[str, int]
 
     Rotated q and k are new tensors, v is a view that keeps the whole qkv output alive, except where padded copies
     are attended over (CPU) or the rotation is fused (te). The CPU path keeps its output three times: of the kernel,
-    scattered, and gathered. Selective recomputation keeps the inputs and the gathered output alone. Under context
+    scattered, and gathered. Selective recomputation keeps q, qkv and the gathered output alone. Under context
     parallelism K and V are those of all ranks, unless recomputation gathers them anew.
     """
     cp = workload.layout.cp
@@ -75,7 +73,9 @@ def attention_activations(workload: Workload, *, on_cpu: bool) -> dict[str, int]
     hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
     selective = workload.layout.recompute == "selective"
     copies = on_cpu and not selective
-    if cp > 1 and not selective:
+    if selective:
+        inputs = 2 * (hidden + kv)
+    elif cp > 1:
         inputs = hidden + 2 * kv * cp
     else:
         inputs = hidden + 2 * kv if copies or workload.backend == "te" else 2 * hidden + 3 * kv

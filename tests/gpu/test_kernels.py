@@ -12,6 +12,7 @@ from megatron_medllm.kernels.fp8 import (
     transpose_fp8,
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob
+from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
 from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
 
 pytestmark = [
@@ -101,3 +102,10 @@ def test_products_and_gradients(tokens):
         results.append([y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     for gpu, cpu in zip(*results, strict=True):
         assert relative_error(gpu, cpu) < 6e-3  # both round to bf16
+
+
+def test_the_rotation_equals_its_twin():
+    x = torch.randn(301, 4, 3 * 128, device="cuda").bfloat16()[..., 128:256]
+    angles = rotation_angles(torch.arange(301).cuda() * 100, (1e6 ** (-torch.arange(0, 128, 2) / 128)).cuda())
+    ours, twin = rope_triton.rotated(x, *angles), rope_torch.rotated(x, *angles)
+    assert relative_error(ours.cpu(), twin.cpu()) < 2e-3

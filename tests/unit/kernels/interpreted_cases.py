@@ -16,6 +16,7 @@ from megatron_medllm.kernels.fp8 import (
     transpose_fp8,
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob, rows_torch, rows_triton
+from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
 from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
 from tests.unit.kernels.interpreter import cast_like_gpu, repair_casts
 
@@ -193,3 +194,15 @@ def test_the_head_against_float64(mode, dtype):
     assert relative_error(hidden.grad, expected_dx) < limit
     if mode != "frozen":
         assert relative_error(weight.grad, expected_dw) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [(28, 128), (3, 64), (2, 6)])
+def test_the_rotation_equals_its_twin(heads, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(17, heads, 3 * width, generator=generator).to(dtype)
+    x = groups[..., width : 2 * width]  # as keys lie in Megatron's grouped qkv
+    angles = rotation_angles(torch.arange(17) * 1000, 1e6 ** (-torch.arange(0, width, 2) / width))
+    ours, twin = rope_triton.rotated(x, *angles), rope_torch.rotated(x, *angles)
+    assert ours.is_contiguous()
+    assert relative_error(ours, twin) < (1e-6 if dtype == torch.float32 else 2e-3)

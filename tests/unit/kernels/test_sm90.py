@@ -35,7 +35,9 @@ def test_every_kernel_has_a_variant():
         return {name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
 
     compiled = {variant.kernel.__name__ for variant in VARIANTS}
-    entry_points = {name for name in kernels(tool.head) | kernels(tool.fp8) if name.endswith("_kernel")}
+    entry_points = {
+        name for name in kernels(tool.head) | kernels(tool.fp8) | kernels(tool.rope) if name.endswith("_kernel")
+    }
     assert compiled == entry_points
 
 
