@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU of 80 GB or more, part by part: a part that fails or runs out of time stops no other.
 # Usage: tools/gpu_session.sh OUT [PART ...]    parts: tests kernels train peers (default: all, in this order)
-# Environment: PYTHON (default python3) has this package's requirements; WHEELS holds the kernel peers' wheels.
+# Environment: PYTHON (default python3) has this package's requirements; WHEELS holds the kernel peers' wheels; STEPS and
+# ROWS say how many steps of which rows of `train` are measured.
 # OUT gets one log a part, kernels/, train/*/throughput.json, peers.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -20,6 +21,7 @@ limited() {
 # throughput NAME RECIPE key=value...: a recipe of examples/ with random weights and documents.
 throughput() {
   local name=$1 recipe=$2; shift 2
+  [[ " ${ROWS:-$name} " == *" $name "* ]] || return 0
   limited "train-$name" "${TRAIN_LIMIT:-100}" "$python" -W ignore -m megatron_medllm bench throughput "examples/$recipe.yaml" \
     data=/nowhere model.path=null model.size=7b "run_dir=$out/work-$name" "$@" \
     --synthetic --steps "${STEPS:-6}" --warmup-steps 2 --profile --output "$out/train/$name"
