@@ -6,7 +6,24 @@
 #   tools/local_slurm.sh down DIR                stop everything
 # Every node is a slurmd in its own host-name, mount and process namespace, with its own 127.0.0.x address.
 # The GPUs are plain files: Slurm counts and hands them out, nothing can compute on them.
+# Environment: LOCAL_SLURM_OWNER=PID  stop everything once that process is gone, however it ended
+#              LOCAL_SLURM_PORT=N     the controller's port, the nodes' behind it (default: a free block)
 set -euo pipefail
+
+# The first of some ports that nothing listens on, below those that jobs meet at (launch/node.py).
+free_ports() {
+    local count=$1 base port
+    for _ in $(seq 50); do
+        base=$((10000 + RANDOM % 9900))
+        for ((port = base; port < base + count; port++)); do
+            if (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; then continue 2; fi
+        done
+        echo "$base"
+        return
+    done
+    echo "local_slurm: no free ports" >&2
+    return 1
+}
 
 write_config() {
     local dir=$1 nodes=$2 gpus=$3 base=$4 i
@@ -21,7 +38,7 @@ CredType=cred/none
 AuthInfo=cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
-SlurmctldPidFile=$dir/slurmctld.pid
+SlurmctldPidFile=$dir/slurmctld.own.pid
 SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.%n.log
@@ -33,9 +50,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=6
-KillWait=10
+SlurmdTimeout=15
+MessageTimeout=60
+KillWait=30
 CompleteWait=0
+FirstJobId=$((1 + RANDOM % 30000))
 MinJobAge=600
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=0
@@ -60,29 +79,49 @@ boot_node() {
     echo $! >"$dir/$node.namespace.pid"
 }
 
+owner_lives() {
+    [[ -z ${LOCAL_SLURM_OWNER:-} ]] || kill -0 "$LOCAL_SLURM_OWNER" 2>/dev/null
+}
+
+# Runs beside the cluster and takes it down when its owner is gone: nobody else would, had the owner been killed.
+watch_owner() {
+    while owner_lives; do sleep 1; done
+    down "$1"
+}
+
 up() {
-    local dir nodes=${2:-2} gpus=${3:-8} base=${LOCAL_SLURM_PORT:-26817} i
+    local dir nodes=${2:-2} gpus=${3:-8} base i
     mkdir -p "$1"
     dir=$(realpath "$1")
+    base=${LOCAL_SLURM_PORT:-$(free_ports $((nodes + 1)))}
     mkdir -p "$dir/state" "$dir/spool" "$dir/dev"
     for i in $(seq 0 $((gpus - 1))); do : >"$dir/dev/nvidia$i"; done
     write_config "$dir" "$nodes" "$gpus" "$base"
-    slurmctld -f "$dir/slurm.conf"
+    if [[ -n ${LOCAL_SLURM_OWNER:-} ]]; then
+        setsid "$(realpath "$0")" watch "$dir" </dev/null >/dev/null 2>&1 &
+        echo $! >"$dir/watch.pid"
+    fi
+    setsid slurmctld -D -f "$dir/slurm.conf" </dev/null >"$dir/slurmctld.out" 2>&1 &
+    echo $! >"$dir/slurmctld.pid"
     for i in $(seq "$nodes"); do boot_node "$dir" "n$i"; done
     export SLURM_CONF=$dir/slurm.conf
-    for i in $(seq 60); do
+    for i in $(seq 240); do
+        if ! owner_lives || ! kill -0 "$(cat "$dir/slurmctld.pid")" 2>/dev/null; then break; fi
         [[ $(sinfo --noheader --format=%T%D 2>/dev/null) == "idle$nodes" ]] && return
         sleep 0.5
     done
+    down "$dir"
     echo "local_slurm: the nodes did not come up; see $dir/*.log" >&2
     exit 1
 }
 
 down() {
-    local dir pid_file
+    local dir pid_file pid
     dir=$(realpath "$1")
-    for pid_file in "$dir"/*.namespace.pid "$dir/slurmctld.pid"; do
-        [[ ! -s $pid_file ]] || kill -KILL "$(cat "$pid_file")" 2>/dev/null || true
+    for pid_file in "$dir"/*.namespace.pid "$dir/slurmctld.pid" "$dir/watch.pid"; do
+        [[ -s $pid_file ]] || continue
+        pid=$(cat "$pid_file")
+        [[ $pid == "$$" ]] || kill -KILL "$pid" 2>/dev/null || true
         rm -f "$pid_file"
     done
 }
@@ -92,5 +131,6 @@ case "${1:-}" in
     down) down "$2" ;;
     crash) kill -KILL "$(cat "$2/$3.namespace.pid")" ;;
     boot) boot_node "$(realpath "$2")" "$3" ;;
+    watch) watch_owner "$2" ;;
     *) sed -n 's/^# \{0,1\}//p' "$0" | sed 1d >&2; exit 2 ;;
 esac

@@ -152,8 +152,12 @@ def first_node() -> str:
 
 
 def rendezvous_port() -> int:
-    """A port that all nodes of a job agree on and neighbouring jobs do not share; two per job."""
-    return PORT_BASE + 2 * int(os.environ.get("SLURM_JOB_ID", "0")) % PORT_RANGE
+    """A port that all nodes of a job agree on and neighbouring jobs do not share; two per job.
+
+    A restart takes another pair, so that a port which something else holds does not stop the job for good.
+    """
+    job, restart = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return PORT_BASE + 2 * (job + 1013 * restart) % PORT_RANGE
 
 
 if __name__ == "__main__":

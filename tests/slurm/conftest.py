@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_slurm import LOCAL_SLURM, ROOT, LocalSlurm
+from local_slurm import LOCAL_SLURM, PATIENCE_S, ROOT, LocalSlurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(item.path).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.slurm)
             item.add_marker(pytest.mark.xdist_group("slurm"))
+            item.add_marker(pytest.mark.timeout(PATIENCE_S + 300))
             if lacking:
                 item.add_marker(pytest.mark.skip(reason=f"needs {lacking}: apt-get install slurm-wlm, make test-slurm"))
 
@@ -28,7 +29,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
     site = (ROOT / "slurm" / "env.sh").read_text()
     tests = f"MEDLLM_PYTHON={sys.executable}\nexport FAKE_TRAINER={Path(__file__).parent / 'fake_trainer.py'}\n"
     environment.write_text(tests + site)
-    subprocess.run([str(LOCAL_SLURM), "up", str(directory), "3", "2"], check=True, timeout=60)
+    # The cluster ends with this process, even if it is killed and never comes to the end of this fixture.
+    owner = os.environ | {"LOCAL_SLURM_OWNER": str(os.getpid())}
+    subprocess.run([str(LOCAL_SLURM), "up", str(directory), "3", "2"], check=True, timeout=300, env=owner)
     previous = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(directory / "slurm.conf")
     try:

@@ -1,5 +1,6 @@
 """A handle on the local Slurm: submits to it, waits for jobs, breaks nodes; and what jobs leave behind."""
 
+import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from megatron_medllm.storage import read_json, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 LOCAL_SLURM = ROOT / "tools" / "local_slurm.sh"
+# No test depends on how fast the machine is: waiting ends with what is waited for, with a dead job, or only so late.
+PATIENCE_S = 900
+DEAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 @dataclass
@@ -42,17 +46,34 @@ class LocalSlurm:
     def job_state(self, job_id: str) -> str:
         return output("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}")
 
-    def wait(self, condition: Callable[[], bool], what: str, *, timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
-            assert time.monotonic() < deadline, (
-                f"waited {timeout_s} s for {what}\n{output('squeue')}\n{output('sinfo')}"
-            )
-            time.sleep(0.3)
+            queue = f"{output('squeue')}\n{output('sinfo')}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {what}\n{queue}"
+            time.sleep(0.2)
 
-    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 120) -> str:
-        self.wait(lambda: self.job_state(job_id) in states, f"job {job_id} to be {states}", timeout_s=timeout_s)
-        return self.job_state(job_id)
+    def wait_for_state(self, job_id: str, state: str) -> None:
+        """Wait until the job is in that state; fail as soon as it is dead in another one."""
+
+        def reached() -> bool:
+            found = self.job_state(job_id)
+            assert found == state or found not in (*DEAD, "COMPLETED"), f"job {job_id} is {found}, not {state}"
+            return found == state
+
+        self.wait(reached, f"job {job_id} to be {state}")
+
+    def wait_for_chain(self, run: Path, job_ids: dict[str, str]) -> None:
+        """Wait until every stage has ended well; fail as soon as one has not, with its reason."""
+
+        def all_completed() -> bool:
+            states = {stage: self.job_state(job_id) for stage, job_id in job_ids.items()}
+            dead = [stage for stage, state in states.items() if state in DEAD]
+            reasons = {s: ended(run, s) for s in dead if RunFiles(run).ended(s).exists()}
+            assert not dead, f"{states}\n{json.dumps(reasons, indent=1)}"
+            return set(states.values()) == {"COMPLETED"}
+
+        self.wait(all_completed, f"the chain of {run.name}")
 
 
 def output(*command: str) -> str:

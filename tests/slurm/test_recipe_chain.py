@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import yaml
-from local_slurm import LocalSlurm, ended
+from local_slurm import LocalSlurm, ended, starts
 from tiny_run import small_recipe, write_recipe
 
 from megatron_medllm.config.run import load
 from megatron_medllm.launch.jobs import RunFiles
-from megatron_medllm.launch.status import active_jobs, submitted_jobs
+from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.recipe import submit_recipe
 from megatron_medllm.storage import read_json
+
+STAGES = [
+    *("world", "corpus-base", "corpus-medical", "base", "eval-base", "cpt", "eval-cpt"),
+    *("pairs", "score", "rpo", "eval-rpo", "export", "report"),
+]
 
 
 def test_the_recipe_goes_from_text_to_report(slurm: LocalSlurm, tmp_path: Path) -> None:
@@ -19,10 +24,12 @@ def test_the_recipe_goes_from_text_to_report(slurm: LocalSlurm, tmp_path: Path) 
     settings["cluster"] = yaml.safe_load(yaml.safe_dump(slurm.cluster().model_dump(mode="json")))
     run = load(write_recipe(settings, tmp_path / "recipe.yaml"), [])
     printed = submit_recipe(run, stages=None, dry_run=False, force=False)
-    assert "report" in printed
-    slurm.wait(lambda: (run_dir / "report.html").is_file(), "the report", timeout_s=900)
+    jobs = submitted_jobs(RunFiles(run_dir))
+    assert list(jobs) == STAGES and all(f"job {job_id}" in printed for job_id in jobs.values())
+    slurm.wait_for_chain(run_dir, jobs)
+    assert {stage: ended(run_dir, stage)["outcome"] for stage in STAGES} == dict.fromkeys(STAGES, "finished")
+    assert [len(starts(run_dir, stage)) for stage in STAGES] == [1] * len(STAGES)
+    # Text went in, a report came out, and every model in it was examined in both modes.
     assert set(read_json(run_dir / "summary.json")["models"]) == {"base", "cpt", "rpo"}
-    slurm.wait(lambda: not active_jobs(RunFiles(run_dir)), "all jobs to be done")
-    assert {stage: ended(run_dir, stage)["exit_code"] for stage in submitted_jobs(RunFiles(run_dir))} == dict.fromkeys(
-        submitted_jobs(RunFiles(run_dir)), 0
-    )
+    assert (run_dir / "report.html").is_file() and (run_dir / "hf" / "model.safetensors").is_file()
+    assert [s.state for s in run_status(run_dir)] == ["finished"] * len(STAGES)

@@ -17,7 +17,7 @@ from megatron_medllm.launch.submit import submit
 from megatron_medllm.recipe import recipe_stages
 from megatron_medllm.storage import read_jsonl
 
-STEPS = 40
+STEPS = 80
 RECIPE = {
     "model": {
         "shape": {
@@ -77,16 +77,16 @@ def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: L
     interrupted, left_alone = tmp_path / "interrupted", tmp_path / "left-alone"
     ids = submit_recipe(slurm, recipe(tmp_path, interrupted, corpus=None))
     assert list(ids) == ["world", "corpus-base", "base"]
-    slurm.wait(lambda: len(losses(interrupted)) >= 5, "five steps", timeout_s=300)
+    slurm.wait(lambda: len(losses(interrupted)) >= 5, "five steps")
     subprocess.run(["scancel", "--signal=USR1", ids["base"]], check=True)
-    slurm.wait(lambda: RunFiles(interrupted).ended("base").exists(), "the requeue", timeout_s=120)
+    slurm.wait(lambda: RunFiles(interrupted).ended("base").exists(), "the requeue")
     assert ended(interrupted, "base")["reason"] == "saved and stopped on a signal or the time limit"
-    assert slurm.wait_for_state(ids["base"], "COMPLETED", "FAILED", timeout_s=300) == "COMPLETED"
+    slurm.wait_for_state(ids["base"], "COMPLETED")
     assert [s.restarts for s in run_status(interrupted)] == [0, 0, 1]
     assert 5 <= starts(interrupted, "base")[1]["step"] < STEPS
 
     again = submit_recipe(slurm, recipe(tmp_path, left_alone, corpus=interrupted))
-    assert slurm.wait_for_state(again["base"], "COMPLETED", "FAILED", timeout_s=300) == "COMPLETED"
+    slurm.wait_for_state(again["base"], "COMPLETED")
     assert len(starts(left_alone, "base")) == 1
     assert len(losses(left_alone)) == STEPS
     assert losses(interrupted) == losses(left_alone)
