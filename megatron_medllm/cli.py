@@ -292,12 +292,16 @@ def plan(
         str | None, typer.Option(help="h100-sxm, h200, a100-80g, a .json file; default: the cluster's")
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="rank all layouts that fit")] = False,
+    scale: Annotated[
+        int | None, typer.Option(min=1, help="the same job on twice as many GPUs, again and again up to this many")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what `stage` needs per GPU and what it will reach, before anything is submitted."""
     from megatron_medllm.planner.from_config import workload_of
     from megatron_medllm.planner.plan import plan as make_plan
-    from megatron_medllm.planner.report import plan_report, plan_values, search_report
+    from megatron_medllm.planner.report import plan_report, plan_values, scale_report, search_report
+    from megatron_medllm.planner.scale import doublings, scaling_curve
     from megatron_medllm.planner.search import search as search_layouts
 
     run = _load(config, overrides)
@@ -305,6 +309,10 @@ def plan(
     hardware = hardware or (run.cluster.hardware if run.cluster else "h100-sxm")
     if search:
         console.print(search_report(search_layouts(workload, hardware)), markup=False, highlight=False)
+        return
+    if scale is not None:
+        curve = scaling_curve(workload, hardware, gpus=doublings(workload, largest=scale))
+        console.print(scale_report(curve), markup=False, highlight=False, soft_wrap=True)
         return
     found = make_plan(workload, hardware)
     if as_json:
@@ -318,19 +326,21 @@ def submit(
     config: Config,
     overrides: Overrides = None,
     stages: Annotated[str | None, typer.Option(help="comma-separated stages; default: the whole recipe")] = None,
+    bench: Annotated[
+        str | None, typer.Option(help="a benchmark instead of the recipe: what follows `medllm bench`")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, submit nothing")] = False,
     force: Annotated[bool, typer.Option("--force", help="submit although the plan does not fit")] = False,
 ) -> None:
     """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
-    from megatron_medllm.recipe import submit_recipe
+    from megatron_medllm.recipe import submit_bench, submit_recipe
 
-    wanted = stages.split(",") if stages else None
-    console.print(
-        submit_recipe(_load(config, overrides), stages=wanted, dry_run=dry_run, force=force),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    run = _load(config, overrides)
+    if bench is not None:
+        printed = submit_bench(run, bench, dry_run=dry_run, force=force)
+    else:
+        printed = submit_recipe(run, stages=stages.split(",") if stages else None, dry_run=dry_run, force=force)
+    console.print(printed, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,14 +1,16 @@
 """The published recipe as a list of stages: what each reads, makes and runs."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from megatron_medllm.config.cluster import ClusterConfig
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch.jobs import RunFiles
-from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.jobs import RunFiles, StageJob
+from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
 from megatron_medllm.launch.submit import submission_report, submit
 
 
@@ -198,9 +200,28 @@ def submit_recipe(run: RunConfig, *, stages: list[str] | None, dry_run: bool, fo
     Raises:
         UserError: an unknown stage, no section `cluster`, a plan that does not fit, or Slurm refused.
     """
+    files, cluster = RunFiles(run.run_dir.resolve()), _cluster(run)
+    jobs = recipe_jobs(run, recipe_stages(run, files.config), cluster, only=stages, force=force)
+    return _submit(run, jobs, cluster, dry_run=dry_run)
+
+
+def submit_bench(run: RunConfig, arguments: str, *, dry_run: bool, force: bool) -> str:
+    """Submit `medllm bench ARGUMENTS` of the recipe as one Slurm job, with the recipe's layout.
+
+    Raises:
+        UserError: no such benchmark, no section `cluster`, a plan that does not fit, or Slurm refused.
+    """
+    cluster = _cluster(run)
+    job = bench_job(run, shlex.split(arguments), cluster, config=RunFiles(run.run_dir.resolve()).config, force=force)
+    return _submit(run, [job], cluster, dry_run=dry_run)
+
+
+def _cluster(run: RunConfig) -> ClusterConfig:
     if run.cluster is None:
         raise UserError("medllm submit needs the section 'cluster'")
-    files = RunFiles(run.run_dir.resolve())
-    jobs = recipe_jobs(run, recipe_stages(run, files.config), run.cluster, only=stages, force=force)
+    return run.cluster
+
+
+def _submit(run: RunConfig, jobs: list[StageJob], cluster: ClusterConfig, *, dry_run: bool) -> str:
     config_text = yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-    return submission_report(submit(run.run_dir, jobs, run.cluster, config_text=config_text, dry_run=dry_run))
+    return submission_report(submit(run.run_dir, jobs, cluster, config_text=config_text, dry_run=dry_run))

@@ -14,7 +14,7 @@ MEDLLM_PYTHON=${MEDLLM_PYTHON:-python}               # e.g. /lustre/medllm/.venv
 # Compute nodes are usually offline: everything must be in the caches already.
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$USER}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 
 # Network. Pin the interfaces if your site needs it.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5

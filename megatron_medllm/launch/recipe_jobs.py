@@ -22,10 +22,11 @@ SCRIPTS = {
     "export": "export",
     "eval": "eval",
     "report": "eval",
-    "bench": "bench",
 }
 DISTRIBUTED = {"train", "score"}
-USES_GPU = {"train", "score", "pairs", "eval", "bench"}
+USES_GPU = {"train", "score", "pairs", "eval"}
+BENCHMARKS = ("throughput", "scoring", "generation")
+BENCH_TIME_S = 2400.0  # asked for, with the margin that every job gets: reading or drawing 72B weights takes most of it
 
 
 class RecipeStage(Protocol):
@@ -64,6 +65,33 @@ def recipe_jobs(
     kept = [stage for stage in stages if only is None or stage.name in only]
     present = {stage.name for stage in kept}
     return [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+
+
+def bench_job(
+    run: RunConfig, arguments: list[str], cluster: ClusterConfig, *, config: Path, force: bool = False
+) -> StageJob:
+    """`medllm bench ARGUMENTS[0] CONFIG ARGUMENTS[1:]` as a job on the recipe's layout; generation on one GPU.
+
+    Raises:
+        UserError: no such benchmark, or a training that cannot fit the cluster's GPUs (unless `force`).
+    """
+    if not arguments or arguments[0] not in BENCHMARKS:
+        raise UserError(f"--bench {' '.join(arguments)!r}: expected one of {', '.join(BENCHMARKS)}, then its options")
+    name, *options = arguments
+    if name == "throughput":
+        planned_training(run, cluster, trains=run.stage, force=force)
+    distributed = name != "generation"
+    nodes = run.layout.nodes if distributed else 1
+    processes = run.layout.world_size // nodes if distributed else 0
+    return StageJob(
+        name=f"bench-{name}",
+        script="bench",
+        command=("-m", "megatron_medllm", "bench", name, str(config), *options),
+        nodes=nodes,
+        gpus_per_node=(processes or 1) if cluster.gpus else 0,
+        processes_per_node=processes,
+        duration_s=BENCH_TIME_S,
+    )
 
 
 def _job(run: RunConfig, stage: RecipeStage, cluster: ClusterConfig, *, present: set[str], force: bool) -> StageJob:

@@ -1,6 +1,7 @@
 """Bytes on the fullest GPU of each pipeline stage, part by part."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_medllm.planner.activations import (
     head_activations,
@@ -57,6 +58,7 @@ def peak_bytes(workload: Workload, *, reserved_bytes: int) -> int:
     return max(stage_memory(workload, stage=s, reserved_bytes=reserved_bytes).total_bytes for s in stages)
 
 
+@lru_cache(maxsize=8)  # a stage's parts all ask for it; the search asks for thousands of stages
 def stage_chunks(workload: Workload, *, stage: int) -> list[list[Weight]]:
     """The tensors of each model chunk of a stage."""
     return [chunk_weights(workload, stage=stage, chunk=v) for v in range(workload.layout.vpp)]
@@ -74,6 +76,7 @@ def weight_bytes(workload: Workload, *, stage: int) -> dict[str, int]:
     return {"weights": sum(stored_bytes(w, workload) for w in weights if not w.adapter), "adapters": trained}
 
 
+@lru_cache(maxsize=8)
 def trainable_buffers(workload: Workload, *, stage: int) -> list[BufferLayout]:
     """One parameter-and-gradient buffer per model chunk, as Megatron-Core's DDP allocates them."""
     layout = workload.layout

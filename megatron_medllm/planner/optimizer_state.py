@@ -7,6 +7,7 @@ the parameters' elements inside its slices, so ranks differ by the padding.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,12 @@ class BufferLayout:
     def owned_numel(self, *, dp_rank: int, dp_size: int) -> int:
         """Parameter elements whose optimizer state lives on `dp_rank`."""
         owned = 0
+        starts = [start for start, _ in self.parameters]
         for start, end in self.buckets:
             shard = (end - start) // dp_size
             low, high = start + dp_rank * shard, start + (dp_rank + 1) * shard
-            owned += sum(max(0, min(high, b) - max(low, a)) for a, b in self.parameters)
+            touching = self.parameters[max(bisect_right(starts, low) - 1, 0) : bisect_left(starts, high)]
+            owned += sum(max(0, min(high, b) - max(low, a)) for a, b in touching)
         return owned
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_medllm.planner.plan import Plan
+from megatron_medllm.planner.scale import ScalePoint
 from megatron_medllm.planner.search import describe_layout
 
 GIB = 2**30
@@ -91,5 +92,16 @@ def search_report(plans: list[Plan]) -> str:
         lines.append(
             f"{found.tokens_per_s_per_gpu:>12,.0f}  {100 * found.mfu():>5.1f}%  "
             f"{found.peak_stage.total_bytes / GIB:>5.1f} GiB  {describe_layout(found.workload)}"
+        )
+    return "\n".join(lines)
+
+
+def scale_report(points: list[ScalePoint]) -> str:
+    """A scaling curve, one world size a line: what failures and saves leave of the wall time, and the job's rate."""
+    lines = [f"{'GPUs':>8}  micro-batches  tokens/s/GPU  save every  wall time that trains  tokens/s"]
+    for p in points:
+        lines.append(
+            f"{p.gpus:>8,}  {p.num_microbatches:>13,}  {p.tokens_per_s_per_gpu:>12,.0f}  "
+            f"{p.save_every_s / 60:>6,.0f} min  {100 * p.failure_efficiency:>19.1f} %  {p.tokens_per_s:>12,.0f}"
         )
     return "\n".join(lines)

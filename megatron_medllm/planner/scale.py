@@ -37,6 +37,18 @@ def scaling_curve(workload: Workload, hardware: Hardware | str, *, gpus: list[in
     return [_point(workload, machine, count) for count in gpus]
 
 
+def doublings(workload: Workload, *, largest: int) -> list[int]:
+    """The workload's own number of GPUs, doubled as long as it stays within `largest`.
+
+    Raises:
+        UserError: the workload has more already.
+    """
+    gpus = workload.layout.world_size
+    if largest < gpus:
+        raise UserError(f"a curve up to {largest} GPUs: the recipe has {gpus} already")
+    return [gpus << i for i in range((largest // gpus).bit_length())]
+
+
 def _point(workload: Workload, machine: Hardware, gpus: int) -> ScalePoint:
     layout = workload.layout
     replica = layout.tp * layout.pp * layout.cp

@@ -12,10 +12,10 @@ from local_slurm import LocalSlurm, ended, starts
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.launch.jobs import RunFiles
 from megatron_medllm.launch.recipe_jobs import recipe_jobs
-from megatron_medllm.launch.status import run_status
+from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.launch.submit import submit
-from megatron_medllm.recipe import recipe_stages
-from megatron_medllm.storage import read_jsonl
+from megatron_medllm.recipe import recipe_stages, submit_bench
+from megatron_medllm.storage import read_json, read_jsonl
 
 STEPS = 80
 RECIPE = {
@@ -91,3 +91,12 @@ def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: L
     assert len(losses(left_alone)) == STEPS
     assert losses(interrupted) == losses(left_alone)
     assert (interrupted / "base" / "hf" / "config.json").is_file()
+
+
+def test_a_benchmark_is_measured_on_two_nodes(slurm: LocalSlurm, tmp_path: Path) -> None:
+    run = recipe(tmp_path, tmp_path / "run", corpus=tmp_path)  # the corpus is made up
+    run = run.model_copy(update={"cluster": slurm.cluster()})
+    submit_bench(run, "throughput --synthetic --steps 2 --warmup-steps 1", dry_run=False, force=False)
+    slurm.wait_for_chain(run.run_dir, submitted_jobs(RunFiles(run.run_dir)))
+    found = read_json(run.run_dir / "bench" / "throughput.json")
+    assert (found["world_size"], found["steps"]) == (4, 2) and found["tokens_per_s"] > 0

@@ -1,5 +1,6 @@
 """Rendering, exit statuses and the recipe's jobs, without a Slurm (tests/slurm has one)."""
 
+import os
 import re
 import signal
 import subprocess
@@ -14,12 +15,12 @@ from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch import supervisor
 from megatron_medllm.launch.jobs import RunFiles, StageJob
-from megatron_medllm.launch.node import exit_status, node_problem
-from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
+from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, status_report
 from megatron_medllm.launch.submit import check_chain, submission_report, submit
-from megatron_medllm.recipe import recipe_stages
+from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
 from megatron_medllm.storage import write_json
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -124,10 +125,57 @@ def test_every_example_renders(example: Path, tmp_path: Path) -> None:
     if size is not None:
         overrides += [f"model.path={_description(tmp_path, size[1])}", "model.size=null"]
     run = load(example, overrides)
-    cluster = run.cluster or ClusterConfig(gpus=False)
-    jobs = recipe_jobs(run, recipe_stages(run, Path("config.yaml")), cluster)
-    scripts = submit(run.run_dir, jobs, cluster, config_text="{}", dry_run=True).scripts
-    assert scripts and all("srun" in text and "#SBATCH --time=" in text for text in scripts.values())
+    printed = submit_recipe(run, stages=None, dry_run=True, force=False)
+    scripts = printed.split("# ---- ")[1:]
+    assert [text.split(".sbatch")[0] for text in scripts] == [s.name for s in recipe_stages(run, Path("config.yaml"))]
+    assert all("srun" in text and "#SBATCH --time=" in text for text in scripts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_benchmark_is_a_job_on_the_recipes_layout(recipe: Path, tmp_path: Path) -> None:
+    run = load(recipe, [f"run_dir={tmp_path / 'run'}"])
+    printed = submit_bench(run, "throughput --synthetic --steps 20", dry_run=True, force=False)
+    assert "# ---- bench-throughput.sbatch ----" in printed and "#SBATCH --nodes=8\n" in printed
+    assert run.cluster is not None
+    job = bench_job(run, ["throughput", "--synthetic"], run.cluster, config=Path("/c.yaml"))
+    assert job.command == ("-m", "megatron_medllm", "bench", "throughput", "/c.yaml", "--synthetic")
+    assert (job.nodes, job.gpus_per_node, job.processes_per_node) == (8, 8, 8)
+    one = bench_job(run, ["generation"], run.cluster, config=Path("/c.yaml"))
+    assert (one.nodes, one.gpus_per_node, one.processes_per_node) == (1, 1, 0)
+    with pytest.raises(UserError, match="'latency': expected one of throughput, scoring, generation"):
+        submit_bench(run, "latency", dry_run=True, force=False)
+    cramped = load(recipe, ["layout.tp=2", "layout.pp=1", "layout.sp=false"])
+    with pytest.raises(UserError, match="GiB per GPU"):
+        submit_bench(cramped, "throughput", dry_run=True, force=False)
+
+
+def test_site_settings_name_the_container_only_where_there_is_one() -> None:
+    command = 'set -u; source "$1"; printf "%s\n" "${MEDLLM_SRUN[@]}"'
+    rendered = ["bash", "-c", command, "env", str(SCRIPTS / "env.sh")]
+
+    def options(**variables: str) -> list[str]:
+        environment = {"PATH": os.environ["PATH"], "HOME": "/root", **variables}
+        return subprocess.run(rendered, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    waiting = ["--kill-on-bad-exit=0", "--wait=120"]
+    assert options() == waiting
+    assert options(MEDLLM_CONTAINER_IMAGE="/i.sqsh", MEDLLM_CONTAINER_MOUNTS="/l:/l", SLURM_CPUS_PER_TASK="12") == [
+        *waiting,
+        "--cpus-per-task=12",
+        "--container-image=/i.sqsh",
+        "--container-mounts=/l:/l",
+    ]
+
+
+def test_every_start_of_a_job_meets_at_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that something else holds must not stop a job for good; two ports a start."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4999")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    ports = [rendezvous_port()]
+    for restart in ("1", "2"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        ports.append(rendezvous_port())
+    assert ports == [29998, 22024, 24050]
 
 
 def _tiny_description_of_72b(directory: Path) -> Path:

@@ -22,7 +22,8 @@ from megatron_medllm.planner import (
 from megatron_medllm.planner.flops import model_flops_per_token
 from megatron_medllm.planner.plan import require_fit
 from megatron_medllm.planner.reliability import daly_interval, expected_efficiency, young_interval
-from megatron_medllm.planner.scale import scaling_curve
+from megatron_medllm.planner.report import scale_report
+from megatron_medllm.planner.scale import doublings, scaling_curve
 from megatron_medllm.planner.workload import Mode
 
 GIB = 2**30
@@ -113,7 +114,12 @@ def test_the_scaling_curve_loses_to_failures_what_it_gains_in_gpus() -> None:
     workload = Workload(
         shape=SIZES["72b"], layout=layout, precision="fp8", backend="te", sequence_length=8192, global_batch_size=2048
     )
+    assert doublings(workload, largest=16384) == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+    assert doublings(workload, largest=200) == [64, 128]
+    with pytest.raises(UserError, match="the recipe has 64 already"):
+        doublings(workload, largest=63)
     curve = scaling_curve(workload, "h100-sxm", gpus=[64, 1024, 16384])
+    assert len(scale_report(curve).splitlines()) == 4 and "  16,384 " in scale_report(curve)
     assert [point.gpus for point in curve] == [64, 1024, 16384]
     assert curve[0].tokens_per_s_per_gpu > curve[1].tokens_per_s_per_gpu > curve[2].tokens_per_s_per_gpu
     assert curve[0].failure_efficiency > curve[2].failure_efficiency > 0.5
