@@ -125,10 +125,10 @@ def transformer_config(
 
 
 def _need_transformer_engine() -> None:
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
     if importlib.util.find_spec("transformer_engine") is None:
         raise UserError("model.backend=te: Transformer Engine is not installed; model.backend=torch does without it")
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
     if not HAVE_TE:  # Megatron-Core swallows the error and goes on with a mock
         raise UserError(
             "model.backend=te: Transformer Engine is installed, but megatron-core could not import it; see "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from tiny_pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
@@ -109,6 +110,5 @@ def test_the_layout_is_not_in_the_reference(directory: Path, name: str) -> None:
 
 
 def read_scores(reference: Path) -> dict[str, np.ndarray]:
-    (part,) = reference.glob("*.npz")
-    with np.load(part) as columns:
-        return dict(columns)
+    (part,) = reference.glob("part-*.parquet")
+    return {name: np.array(values) for name, values in parquet.read_table(part).to_pydict().items()}

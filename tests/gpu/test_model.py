@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
 from megatron_medllm.parallel import runtime
+from megatron_medllm.parallel.context import ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.unit.models.tiny import documents, positions_of
 
@@ -49,6 +51,31 @@ def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
     for found, expected in zip(*results, strict=True):
         assert rms(found, expected) < 0.01
     assert not results[0][2][300:420].any() and not results[0][3][300:420].any()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_flash_attention_of_a_context_rank_is_that_of_the_whole_stream(rank: int):
+    """As under context parallelism: this rank's queries, and keys and values as halves of one gathered tensor."""
+    segments = (*SEGMENTS[:-1], Segment(420, 424))
+    whole = PackedSequences.from_segments(segments, positions_of(segments).cuda(), backend="torch")
+    split = ContextSplit(rank, 2)
+    own = torch.from_numpy(split.take(np.arange(424))).cuda()
+    part = PackedSequences.from_segments(segments, positions_of(segments).cuda()[own], backend="torch", split=split)
+    generator = torch.Generator().manual_seed(0)
+    query, both = (torch.randn(424, 8, 128, generator=generator).cuda().bfloat16() for _ in range(2))
+    upstream = torch.zeros(424, 8, 128).cuda()
+    upstream[own] = torch.randn(len(own), 8, 128, generator=generator).cuda()
+    results = []
+    for attend, dtype, packed, rows in (
+        (_flash_varlen, torch.bfloat16, part, own),
+        (_padded_sdpa, torch.float32, whole, torch.arange(424).cuda()),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in (query, both)]
+        out = attend(leaves[0][rows], *leaves[1].chunk(2, dim=1), packed, 1 / math.sqrt(128))
+        out.backward(upstream[rows].to(dtype))
+        results.append((out if len(out) < 424 else out[own], leaves[0].grad[own], leaves[1].grad))
+    for found, expected in zip(*results, strict=True):
+        assert rms(found, expected) < 0.01
 
 
 def test_bf16_and_fp8_models_are_near_the_fp32_one():

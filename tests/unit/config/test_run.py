@@ -100,6 +100,21 @@ def test_layouts_that_do_not_fit_the_model_are_refused(layout, message):
         LayoutConfig(**layout).check_model(SIZES["mini"])
 
 
+@pytest.mark.parametrize(
+    ("layout", "length", "message"),
+    [
+        ({"cp": 2}, 66, r"= 66 tokens are not a multiple of 2 x cp = 4, over which layout splits them"),
+        ({"tp": 2, "sp": True, "cp": 2}, 68, r"= 68 tokens are not a multiple of 2 x cp = 4 x tp = 2, over"),
+        ({"tp": 4, "sp": True}, 66, r"= 66 tokens are not a multiple of tp = 4, over"),
+    ],
+)
+def test_streams_that_a_layout_cannot_share_out_are_refused(layout, length, message):
+    with pytest.raises(UserError, match=message):
+        LayoutConfig(**layout).check_stream(length)
+    LayoutConfig(**layout).check_stream(72 if layout == {"cp": 2} else 64)
+    assert LayoutConfig(tp=4).stream_multiple == 1
+
+
 def test_uneven_stages_fit():
     shape = SIZES["mini"].model_copy(update={"num_layers": 4})
     LayoutConfig(pp=3, first_stage_layers=1, last_stage_layers=1).check_model(shape)

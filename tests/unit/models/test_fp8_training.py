@@ -253,6 +253,19 @@ def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
         transformer_config(SIZES["7b"], LayoutConfig(), ModelConfig(size="7b", backend="te"))
 
 
+def test_a_backend_that_megatron_could_not_import(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    from megatron.core.extensions import transformer_engine
+
+    from megatron_medllm.models.qwen25 import transformer_config
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", False)
+    with pytest.raises(UserError, match="is installed, but megatron-core could not import it"):
+        transformer_config(SIZES["7b"], LayoutConfig(), ModelConfig(size="7b", backend="te"))
+
+
 def test_fp8_settings_of_a_stage():
     required = {"optimizer": {"lr": 1e-4}, "sequence_length": 8, "global_batch_size": 1}
     assert TrainConfig(**required).fp8_gemms is None

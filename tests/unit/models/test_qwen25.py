@@ -52,6 +52,38 @@ def test_packed_documents_equal_the_same_documents_alone():
         assert gradient.norm() > 0 and relative(gradient, alone_sum[name]) < 1e-5, name
 
 
+def test_norms_that_te_fuses_into_linears_start_at_one():
+    """There they are called `linear_qkv.layer_norm_weight`, and biases `layer_norm_bias` where a norm has one."""
+    from megatron_medllm.models.qwen25 import initialize_weights
+
+    model = build_tiny(SHAPE)
+    linear = model.decoder.layers[0].self_attention.linear_qkv
+    linear.layer_norm_weight = torch.nn.Parameter(torch.full((56,), 7.0))
+    before = linear.weight.detach().clone()
+    initialize_weights([model], seed=1, tp_rank=0, tp_size=1)
+    assert torch.equal(linear.layer_norm_weight, torch.ones(56))
+    assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize(("cp", "ours"), [(1, False), (2, True)])
+def test_te_layers_attend_with_our_core_where_a_stream_is_split(monkeypatch: pytest.MonkeyPatch, cp: int, ours: bool):
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_medllm.models.attention import PackedAttention
+    from megatron_medllm.models.qwen25 import block_spec
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=56, num_attention_heads=14, context_parallel_size=cp, use_cpu_initialization=True
+    )
+    # A stand-in: upstream defines TE's provider only where TE is installed.
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", LocalSpecProvider, raising=False)
+    spec = block_spec(config, "te", None)
+    cores = [layer.submodules.self_attention.submodules.core_attention for layer in spec.layer_specs]
+    assert [core is PackedAttention for core in cores] == [ours] * 2
+
+
 def test_no_gradient_crosses_documents_or_goes_back_in_time():
     model = build_tiny(SHAPE)
     segments = documents(*LENGTHS)

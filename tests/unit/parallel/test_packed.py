@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
-from megatron_medllm.parallel.context import WHOLE, ContextSplit
+from megatron_medllm.parallel.context import WHOLE, ContextSplit, gather_stream
 from megatron_medllm.parallel.packed import PackedSequences, Piece, Segment, cut_into_pieces
 
 CPU = torch.device("cpu")
@@ -61,6 +62,16 @@ def test_every_rank_gets_an_early_and_a_late_chunk():
     assert WHOLE.chunks(7) == ((0, 7),)
     with pytest.raises(ValueError, match="10 tokens does not make 4 equal chunks"):
         ContextSplit(0, 2).chunks(10)
+
+
+def test_gathered_parts_stand_in_the_streams_order(monkeypatch: pytest.MonkeyPatch):
+    from megatron.core.tensor_parallel import mappings
+
+    stream = np.arange(12)
+    parts = [torch.from_numpy(ContextSplit(rank, 3).take(stream)) for rank in range(3)]
+    group = SimpleNamespace(size=lambda: 3)
+    monkeypatch.setattr(mappings, "gather_from_sequence_parallel_region", lambda local, group: torch.cat(parts))
+    assert gather_stream(parts[0], group).tolist() == stream.tolist()
 
 
 def test_chunks_cut_segments_into_pieces():
