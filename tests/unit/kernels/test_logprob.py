@@ -168,6 +168,16 @@ def test_no_logits_tensor_is_made(options):
     assert largest.numbers <= max(chunk_of_logits, weight_sized) < all_logits / 4
 
 
+def test_the_general_backward_on_a_cpu_makes_a_quarter_of_a_chunk_at_a_time():
+    """Beside it stands d weight, which the forward pass does not have."""
+    case = make_case(tokens=32, hidden=2, vocab=4000, padding=0, ignored="none")
+    _, weight, logprobs, _ = run(case, chunk_tokens=8)
+    with LargestTensor() as largest:
+        logprobs.sum().backward()
+    assert largest.numbers == 4000 * 2 == 8 * 4000 // 4
+    assert weight.grad is not None
+
+
 def test_ignored_rows_never_reach_the_head():
     case = make_case(tokens=64, hidden=8, vocab=4000, padding=0, ignored="none")
     case.target[3:] = -100
