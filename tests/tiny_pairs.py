@@ -12,7 +12,9 @@ WORDS = [f"w{i}" for i in range(94)]
 CHAT_TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}w2 "
 
 
-def write_model(directory: Path, *, seed: int = 0, layers: int = 4, hidden: int = 32, ffn: int = 64) -> Path:
+def write_model(
+    directory: Path, *, seed: int = 0, layers: int = 4, hidden: int = 32, ffn: int = 64, std: float = 0.15
+) -> Path:
     """An HF directory: random weights and biases, and `<eos>` = 0."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -23,7 +25,7 @@ def write_model(directory: Path, *, seed: int = 0, layers: int = 4, hidden: int 
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.15,
+        initializer_range=std,
         tie_word_embeddings=True,
         eos_token_id=0,
         bos_token_id=None,

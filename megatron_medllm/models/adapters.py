@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
@@ -113,11 +114,12 @@ class AdaptedLinear(nn.Module):
         Returns:
             [t, 1, n/tp] (column) or [t, 1, n] (row; [t/tp, 1, n] under sequence parallelism), the bias added.
         """
+        x = x.flatten(0, 1)
         y = self._base_column(x) if self.split == "column" else self._base_row(x)
         if self.enabled and self.lora_a is not None and self.lora_b is not None:
-            narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, 1, r]
-            y = torch.addmm(y.flatten(0, 1), narrow.flatten(0, 1), self.lora_b.t(), alpha=self.scale).view(y.shape)
-        return y, None
+            narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, r]
+            y = _add_low_rank(y, narrow, self.lora_b, self.scale)
+        return y[:, None], None
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.frozen is not None:
@@ -134,6 +136,8 @@ class AdaptedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _sum(self, part: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:  # Megatron's mapping would return a view of it
+            return part
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(part, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
@@ -191,6 +195,28 @@ class AdaptedLinear(nn.Module):
         if self.gated and key in state:  # Megatron's MLP does this for its own weight and bias only
             state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return state
+
+
+def _add_low_rank(y: Tensor, narrow: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """y [t, n] + scale * narrow [t, r] B^T, in place where autograd allows it: gate and up are too large to copy."""
+    if y._is_view():  # an all-reduce hands its input on
+        return torch.addmm(y, narrow, lora_b.t(), alpha=scale)
+    return _AddLowRank.apply(y, narrow, lora_b, scale)
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, narrow: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(narrow, lora_b)
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        return y.addmm_(narrow, lora_b.t(), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        narrow, lora_b = ctx.saved_tensors
+        return dy, (dy @ lora_b).mul_(ctx.scale), (dy.t() @ narrow).mul_(ctx.scale), None
 
 
 def add_adapters(

@@ -44,7 +44,7 @@ def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
     upstream[300:420] = 0  # of the second answer: its own keys must get no gradient, the prompt's must
     results = []
     for attend, dtype in ((_flash_varlen, torch.bfloat16), (_padded_sdpa, torch.float32)):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out = attend(*leaves, packed, 1 / math.sqrt(128))
         out.backward(upstream.to(dtype))
         results.append((out, *(leaf.grad for leaf in leaves)))

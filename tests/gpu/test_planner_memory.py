@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 
-from megatron_medllm.bench.throughput import BenchSettings, measure
+from megatron_medllm.bench.harness import BenchSettings
+from megatron_medllm.bench.synthetic import SyntheticData
+from megatron_medllm.bench.throughput import measure
 from megatron_medllm.config.run import load
 from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.memory import stage_memory
@@ -45,7 +47,8 @@ def test_peak_is_within_10_percent_of_the_plan(name: str, tmp_path: Path) -> Non
     path.write_text(yaml.safe_dump(recipe))
     run = load(path, [])
     torch.cuda.reset_peak_memory_stats()
-    settings = BenchSettings(output=tmp_path, warmup_steps=1, steps=2, synthetic=True, document_length=length)
+    data = SyntheticData(document_length=length)
+    settings = BenchSettings(output=tmp_path, warmup_steps=1, steps=2, synthetic=data)
     measured = read_json(measure(run, settings))["peak_memory_bytes"]
     parts = stage_memory(workload_of(run), stage=0).parts
     # The allocator's own count knows neither fragmentation nor the CUDA context.

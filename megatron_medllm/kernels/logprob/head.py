@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["score", "frozen", "uniform", "general"]
 _BUFFER_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
-# The general backward's slices beside d weight: a CPU's GEMMs lose nothing by smaller ones.
-_SLICES_PER_BUFFER = {"cpu": 4, "cuda": 1}
+# The general backward works in slices of the vocabulary, beside d weight: its GEMMs lose nothing by smaller ones.
+_SLICES_PER_BUFFER = {"cpu": 4, "cuda": 2}
 _UNIFORM_TOLERANCE = 1e-4  # relative to the largest upstream gradient
 
 
