@@ -128,6 +128,8 @@ class AdaptedLinear(nn.Module):
         return F.linear(x, self.weight, bias)
 
     def _base_column(self, x: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:
+            return self._product(x, self.bias)
         enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
         return self._product(enter(x, group=self.tp_group), self.bias)
 
@@ -146,6 +148,8 @@ class AdaptedLinear(nn.Module):
         """x A^T as B needs it: whole, and the same tokens as the base's result."""
         if self.split == "row":
             return self._sum(narrow)
+        if self.tp_group.size() == 1:
+            return narrow
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(narrow, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import adam
 
 SUPPORTED_VERSION = "0.16.1"
 
@@ -115,59 +116,6 @@ def _torch_proxy() -> types.ModuleType:
     return proxy
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Adam(W) with the surface of TE's and apex's FusedAdam, on torch's fused CPU kernel.
-
-    Megatron's distributed optimizer saves and loads `step` from the parameter group and `exp_avg`, `exp_avg_sq`
-    from the state; torch.optim.AdamW keeps `step` per parameter and cannot be resumed by it.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        weight_decay: float = 0.0,
-        capturable: bool = False,
-    ) -> None:
-        if not bias_correction or capturable:
-            raise ValueError("the CPU FusedAdam has bias correction on and no CUDA-graph capture")
-        self.adam_w_mode = adam_w_mode
-        defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
-        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            group["step"] = group.get("step", 0) + 1
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            update(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(float(group["step"]))] * len(params),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-
 _installed = False
 
 
@@ -193,7 +141,7 @@ def install() -> None:
         if name.startswith("megatron.core") and not name.startswith(_UNTOUCHED) and vars(module).get("torch") is torch:
             module.torch = proxy
     _redirect_random_states()
-    _redirect_optimizer()
+    adam.install()
     _redirect_tensor_methods()
     _mend_recompute_without_te()
     _installed = True
@@ -227,16 +175,6 @@ def _redirect_random_states() -> None:
     mcore_random.CudaRNGStatesTracker = CpuRNGStatesTracker
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-
-
-def _redirect_optimizer() -> None:
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-
-    optimizer.Adam = distributed_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed_optimizer.HAVE_APEX_OR_TE = True
-    distributed_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _redirect_tensor_methods() -> None:

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
+from megatron_medllm.errors import UserError
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
@@ -69,8 +71,14 @@ def release(chunks: list[nn.Module]) -> None:
 def build_optimizer(
     chunks: list[nn.Module], config: TransformerConfig, optimizer: OptimizerConfig, layout: LayoutConfig
 ) -> MegatronOptimizer:
-    """AdamW over the chunks' trainable parameters; hooks Megatron's schedules up with it and with DDP."""
+    """AdamW over the chunks' trainable parameters; hooks Megatron's schedules up with it and with DDP.
+
+    Raises:
+        UserError: bf16 moments where there is no Transformer Engine to keep them.
+    """
     moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
+    if moments is torch.bfloat16 and not (HAVE_TE and torch.cuda.is_available()):
+        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
     built = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",

@@ -3,12 +3,14 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import adam
 from megatron_medllm.parallel.context import ContextSplit
 
 
@@ -65,12 +67,13 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        adam.install()
     else:
         from megatron_medllm.parallel import cpu
 
         cpu.install()
         device = torch.device("cpu")
-    _join(backend="nccl" if cuda else "gloo", world_size=world_size, timeout_s=timeout_s)
+    _join(device, world_size=world_size, timeout_s=timeout_s)
 
     from megatron.core import parallel_state, tensor_parallel
 
@@ -107,9 +110,10 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def _join(*, backend: str, world_size: int, timeout_s: float) -> None:
-    timeout = timedelta(seconds=timeout_s)
+def _join(device: torch.device, *, world_size: int, timeout_s: float) -> None:
+    settings: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=timeout_s)}
+    if device.type == "cuda":
+        settings |= {"backend": "nccl", "device_id": device}
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**settings)

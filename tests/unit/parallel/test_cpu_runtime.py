@@ -10,7 +10,7 @@ import torch
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.parallel import cpu, runtime
+from megatron_medllm.parallel import adam, cpu, runtime
 
 
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -20,58 +20,6 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu, "_installed", False)
     with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed; the CPU runtime knows 0\.16\.1 only"):
         cpu.install()
-
-
-class Leaves(torch.nn.Module):
-    """Two parameters, one of which has no gradient for a while."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.a = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
-        self.b = torch.nn.Parameter(torch.randn(4, generator=generator))
-
-
-def updates(optimizer: torch.optim.Optimizer, leaves: Leaves, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        leaves.a.grad = torch.randn(5, 3, generator=generator)
-        leaves.b.grad = torch.randn(4, generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (1 + step)
-        optimizer.step()
-
-
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-
-
-@pytest.mark.parametrize(("decoupled", "peer"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
-def test_fused_adam_is_torchs(decoupled: bool, peer: type[torch.optim.Optimizer]):
-    ours, theirs = Leaves(), Leaves()
-    updates(cpu.FusedAdam(ours.parameters(), adam_w_mode=decoupled, **SETTINGS), ours, range(10))
-    updates(peer(theirs.parameters(), **SETTINGS), theirs, range(10))
-    assert (ours.a - Leaves().a).abs().max() > 1e-2
-    torch.testing.assert_close(ours.a, theirs.a, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ours.b, theirs.b, rtol=1e-6, atol=1e-7)
-
-
-def test_fused_adam_goes_on_from_its_state_bitwise():
-    whole, first = Leaves(), Leaves()
-    updates(cpu.FusedAdam(whole.parameters(), **SETTINGS), whole, range(6))
-    optimizer = cpu.FusedAdam(first.parameters(), **SETTINGS)
-    updates(optimizer, first, range(3))
-    assert optimizer.param_groups[0]["step"] == 3  # in the group, where the distributed optimizer looks for it
-    second = Leaves()
-    second.load_state_dict(first.state_dict())
-    resumed = cpu.FusedAdam(second.parameters(), **SETTINGS)
-    resumed.load_state_dict(optimizer.state_dict())
-    updates(resumed, second, range(3, 6))
-    assert torch.equal(second.a, whole.a) and torch.equal(second.b, whole.b)
-
-
-def test_fused_adam_has_no_other_modes():
-    with pytest.raises(ValueError, match="bias correction"):
-        cpu.FusedAdam(Leaves().parameters(), bias_correction=False)
 
 
 # In a process of its own: which modules are touched depends on what was imported before.
@@ -87,7 +35,7 @@ assert not torch.cuda.is_initialized() and torch.cuda.__name__ == "torch.cuda"
 
 import megatron.core.optimizer as optimizer
 import megatron.core.parallel_state as state
-from megatron_medllm.parallel.cpu import FusedAdam
+from megatron_medllm.parallel.adam import FusedAdam
 assert state.torch is not torch and state.torch.float32 is torch.float32
 assert state.torch.cuda.current_device() == torch.device("cpu")
 assert state.torch.zeros(2, device="cuda").device.type == "cpu"
@@ -150,14 +98,17 @@ def test_a_cuda_run_is_not_redirected(monkeypatch: pytest.MonkeyPatch):
         raise ConnectionError
 
     devices: list[torch.device] = []
+    optimizers: list[str] = []
     monkeypatch.setattr(cpu, "install", lambda: pytest.fail("redirected to the CPU"))
-    monkeypatch.setattr(runtime, "_join", joined)
+    monkeypatch.setattr(adam, "install", lambda: optimizers.append("torch's, unless a better one is there"))
+    monkeypatch.setattr(runtime.dist, "init_process_group", joined)
     stand_in = SimpleNamespace(is_available=lambda: True, set_device=devices.append)
     monkeypatch.setattr(runtime.torch, "cuda", stand_in)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ConnectionError):
         runtime.start(LayoutConfig(), seed=0)
-    assert asked["backend"] == "nccl" and devices == [torch.device("cuda", 3)]
+    assert asked["backend"] == "nccl" and asked["device_id"] == torch.device("cuda", 3)
+    assert devices == [torch.device("cuda", 3)] and len(optimizers) == 1
 
 
 @pytest.mark.parametrize(
