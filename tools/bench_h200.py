@@ -10,6 +10,7 @@ the growth of the allocator's peak over the inputs, weight gradient (bf16) inclu
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -170,28 +171,28 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
     yield "liger", liger
     yield "cut cross-entropy", cut
     yield "eager", eager
-    yield "torch.compile", torch.compile(eager, dynamic=False)
+    yield "torch.compile", torch.compile(eager, dynamic=False)  # half a minute of compilation
 
 
-def sweep_heads(bench: Bench) -> None:
-    """Forward + backward of every variant, and our forward alone."""
+def sweep_heads(bench: Bench, token_counts: tuple[int, ...], *, compiled: bool) -> None:
+    """Forward + backward of every variant, and our forward alone; or of `torch.compile` alone."""
     shapes = {"tiny": (64, 1000)} if bench.tiny else HEADS
-    for tokens in (128,) if bench.tiny else (8192, 2048, 16384):
-        for model, (hidden_size, vocab) in shapes.items():
-            hidden = bench.randn(tokens, hidden_size).requires_grad_()
-            weight = bench.randn(vocab, hidden_size, scale=0.02).requires_grad_()
-            target = torch.randint(0, vocab, (tokens,), device=bench.device)
-            labels = {"model": model, "tokens": tokens}
-            for name, loss in head_variants(hidden, weight, target):
-                if name == "torch.compile" and tokens == 2048:
-                    continue  # half a minute of compilation each
+    for tokens, (model, (hidden_size, vocab)) in itertools.product(token_counts, shapes.items()):
+        hidden = bench.randn(tokens, hidden_size).requires_grad_()
+        weight = bench.randn(vocab, hidden_size, scale=0.02).requires_grad_()
+        target = torch.randint(0, vocab, (tokens,), device=bench.device)
+        labels = {"model": model, "tokens": tokens}
+        for name, loss in head_variants(hidden, weight, target):
+            if compiled != (name == "torch.compile"):
+                continue
 
-                def step(loss: Callable[[], Tensor] = loss, hidden: Tensor = hidden, weight: Tensor = weight) -> None:
-                    hidden.grad = weight.grad = None
-                    loss().backward()
-
-                bench.try_record("head", name, lambda step=step: bench.timed(step, repeats=3), **labels)
+            def step(loss: Callable[[], Tensor] = loss, hidden: Tensor = hidden, weight: Tensor = weight) -> None:
                 hidden.grad = weight.grad = None
+                loss().backward()
+
+            bench.try_record("head", name, lambda step=step: bench.timed(step, repeats=3), **labels)
+            hidden.grad = weight.grad = None
+        if not compiled:
             score = next(head_variants(hidden, weight, target))[1]
             bench.try_record("head", "ours, forward", lambda score=score: time_scoring(bench, score), **labels)
 
@@ -347,9 +348,12 @@ def main() -> int:
     bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s)
     measure_ceilings(bench)
     check_head(bench)
+    first, others = ((128,), ()) if bench.tiny else ((8192,), (2048, 16384))
+    sweep_heads(bench, first, compiled=False)
     measure_linears(bench)
     measure_slice(bench)
-    sweep_heads(bench)
+    sweep_heads(bench, others, compiled=False)
+    sweep_heads(bench, first, compiled=True)
     write_report(bench)
     return 0
 

@@ -42,9 +42,12 @@ for part in "${parts[@]}"; do
     train)
       throughput lora-4k cpt-qwen2.5-7b-1n1g-lora cpt.global_batch_size=4 cpt.adapter.rank=16
       throughput lora-8k cpt-qwen2.5-7b-1n1g-lora cpt.global_batch_size=2 cpt.adapter.rank=16 cpt.sequence_length=8192
-      throughput fp8lora-4k cpt-qwen2.5-7b-1n1g-fp8lora cpt.global_batch_size=4 cpt.adapter.rank=16 cpt.sequence_length=4096
+      # As the peers' rows: attention over the whole row, and pairs of their lengths.
+      throughput lora-8k-whole cpt-qwen2.5-7b-1n1g-lora cpt.global_batch_size=1 cpt.adapter.rank=16 \
+        cpt.sequence_length=8192 --document-length 65536
       throughput fp8lora-8k cpt-qwen2.5-7b-1n1g-fp8lora cpt.global_batch_size=2 cpt.adapter.rank=16
-      throughput rpo-lora rpo-qwen2.5-7b-1n1g-lora rpo.global_batch_size=8 rpo.adapter.rank=16 ;;
+      throughput rpo-lora rpo-qwen2.5-7b-1n1g-lora rpo.global_batch_size=8 rpo.adapter.rank=16 \
+        rpo.sequence_length=8192 --prompt-length 300 --response-length 300 ;;
     peers)
       limited peers 300 "$python" -W ignore tools/bench_7b.py --out "$out/peers.jsonl"
       cat "$out/peers.jsonl" ;;
