@@ -28,8 +28,8 @@ from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts,
 from megatron_medllm.corpus.questions import index_questions, load_questions, question_files
 from megatron_medllm.corpus.read import Unit, plan_units, read_piece
 from megatron_medllm.corpus.summary import write_summary
-from megatron_medllm.corpus.tokenizer import TokenizerFacts, describe_tokenizer
-from megatron_medllm.corpus.worker import Job, compare_backends, digest_path, run_unit, start_worker
+from megatron_medllm.corpus.tokenizer import TokenizerFacts, choose_backend, describe_tokenizer
+from megatron_medllm.corpus.worker import Job, digest_path, encode_fast, run_unit, start_worker
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, read_json, write_json
@@ -88,12 +88,13 @@ def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -
         job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict, os.getpid())
         with ProcessPoolExecutor(max(1, min(workers, len(units))), context, start_worker, (job,)) as pool:
             try:
-                choice = pool.submit(compare_backends, _sample(config, units))
+                sample = _sample(config, units)
+                fast = pool.submit(encode_fast, sample)
                 if config.decontaminate.exams:
                     questions = index_questions(load_questions(config.decontaminate.exams), config.decontaminate)
                     with atomic_write(job.questions) as stream:
                         pickle.dump(questions, stream)
-                backend, why = choice.result()
+                backend, why = choose_backend(tokenizer, sample, fast.result)
                 _run_units(pool, missing, backend)
                 manifest = _assemble(config, output_dir, units, tokenizer)
                 manifest["inputs"] = _digests(pool, [Path(path) for path in inputs])
