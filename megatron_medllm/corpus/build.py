@@ -36,7 +36,7 @@ from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, 
 
 MANIFEST = "manifest.json"
 WORK = ".work"
-_SAMPLE_CHARS = 60_000
+_SAMPLE_CHARS = 30_000
 
 
 def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None, strict: bool = False) -> dict:
