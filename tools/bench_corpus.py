@@ -5,8 +5,8 @@
 The peer is what Megatron's preprocess_data.py does: `json.loads`, HF `tokenizers`' `encode` one document at a time,
 `IndexedDatasetBuilder.add_document`. Every run is a process of its own and fills its caches anew. A round runs each
 side once on one document (start-up) and once on the whole input, one side after the other; a side's time is the sum
-over the rounds of whole less start-up, so that it is seconds of work without a text that repeats itself. Rates are by
-processor time, all processes of a side counted, which is per core whatever runs beside it; by wall clock too.
+over the rounds of whole less start-up: seconds of work, without a text that repeats itself. Rates are by processor
+time, all processes of a side counted, which is per core whatever runs beside it; of the best runs by wall clock too.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -111,13 +110,13 @@ class Side:
     starts: list[dict] = field(default_factory=list)
     wholes: list[dict] = field(default_factory=list)
 
-    def net(self, clock: str) -> list[float]:
-        """Seconds of work in each round, by `cpu_s` or `wall_s`."""
-        return [whole[clock] - start[clock] for start, whole in zip(self.starts, self.wholes, strict=True)]
+    def net(self) -> list[float]:
+        """Processor seconds of work in each round."""
+        return [whole["cpu_s"] - start["cpu_s"] for start, whole in zip(self.starts, self.wholes, strict=True)]
 
-    def rate(self, clock: str, megabytes: float) -> float:
-        """MB/s over all rounds."""
-        return megabytes * len(self.wholes) / sum(self.net(clock))
+    def best(self, clock: str) -> float:
+        """Seconds of work, the quickest run on the whole input less the quickest on one document."""
+        return min(whole[clock] for whole in self.wholes) - min(start[clock] for start in self.starts)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
@@ -143,13 +142,15 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def _row(side: Side, peer: Side, megabytes: float) -> str:
-    net = side.net("cpu_s")
-    cells = [side.name, f"{sum(net):.2f} ({min(net):.2f} to {max(net):.2f})"]
+    net, peer_net = side.net(), peer.net()
+    cells = [
+        side.name,
+        f"{sum(net):.2f} ({min(net):.2f} to {max(net):.2f})",
+        f"{megabytes * len(net) / sum(net):.1f} ({sum(peer_net) / sum(net):.1f} x)",
+    ]
     for clock in ("cpu_s", "wall_s"):
-        rate = side.rate(clock, megabytes)
-        cells.append(f"{rate:.1f} ({rate / peer.rate(clock, megabytes):.1f} x)")
-    cells.append(f"{min(peer.net('cpu_s')) / min(net):.1f} x")
-    start_s = {clock: statistics.median(start[clock] for start in side.starts) for clock in ("wall_s", "cpu_s")}
+        cells.append(f"{megabytes / side.best(clock):.1f} ({peer.best(clock) / side.best(clock):.1f} x)")
+    start_s = {clock: min(start[clock] for start in side.starts) for clock in ("wall_s", "cpu_s")}
     cells += [f"{start_s['wall_s']:.2f} / {start_s['cpu_s']:.2f}", f"{max(w['rss_mb'] for w in side.wholes):.0f}"]
     if side is peer:
         cells.append("the reference")
@@ -222,10 +223,12 @@ def _page(arguments: argparse.Namespace, rows: list[str], memory: list[str], loa
         "docs/benchmarks/corpus.md`.",
         "",
         f"{arguments.rounds} rounds; a round runs each side once on one document and once on the whole input, in turn, "
-        "each in a fresh process on one worker. Net: whole less one document, summed over the rounds (least and most "
-        f"of a round). Processor time of all processes; load average up to {load:.1f}, this run included.",
+        "each in a fresh process, ours with one worker. Net: whole less one document, so without start-up; summed over "
+        "the rounds (least and most of a round). Best: the quickest whole run less the quickest on one document. "
+        "Processor time is that of all processes of a side; its MB/s are per core. Start-up: the quickest run on one "
+        f"document. Load average up to {load:.1f}, this run included.",
         "",
-        "| | net processor s | MB/s per core (to the plain loop) | the same by wall clock | best rounds | start-up s, "
+        "| | net processor s | MB/s (to the plain loop) | best, by processor | best, by wall clock | start-up s, "
         "wall / processor | peak MB | same bytes |",
         "|---|---|---|---|---|---|---|---|",
         *rows,
