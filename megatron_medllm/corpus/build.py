@@ -26,17 +26,18 @@ from megatron_medllm.corpus.dedup import find_copies
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype
 from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts, write_accounts
 from megatron_medllm.corpus.questions import index_questions, load_questions, question_files
-from megatron_medllm.corpus.read import Unit, plan_units, read_piece
+from megatron_medllm.corpus.read import Unit, dataset_files, plan_units, read_piece
 from megatron_medllm.corpus.summary import write_summary
-from megatron_medllm.corpus.tokenizer import TokenizerFacts, describe_tokenizer
-from megatron_medllm.corpus.worker import Job, compare_backends, digest_path, run_unit, start_worker
+from megatron_medllm.corpus.tokenizer import TokenizerFacts, choose_backend, describe_tokenizer
+from megatron_medllm.corpus.worker import Job, digest_path, encode_fast, run_unit, start_worker
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, read_json, write_json
 
 MANIFEST = "manifest.json"
 WORK = ".work"
-_SAMPLE_CHARS = 60_000
+_SAMPLE_CHARS = 30_000
+_PARTS_FORMAT = 2  # raised where a part's bytes change for the same input: parts of two formats do not mix
 
 
 def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None, strict: bool = False) -> dict:
@@ -88,15 +89,16 @@ def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -
         job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict, os.getpid())
         with ProcessPoolExecutor(max(1, min(workers, len(units))), context, start_worker, (job,)) as pool:
             try:
-                choice = pool.submit(compare_backends, _sample(config, units))
+                sample = _sample(config, units)
+                fast = pool.submit(encode_fast, sample)
                 if config.decontaminate.exams:
                     questions = index_questions(load_questions(config.decontaminate.exams), config.decontaminate)
                     with atomic_write(job.questions) as stream:
                         pickle.dump(questions, stream)
-                backend, why = choice.result()
+                backend, why = choose_backend(tokenizer, sample, fast.result)
                 _run_units(pool, missing, backend)
                 manifest = _assemble(config, output_dir, units, tokenizer)
-                manifest["inputs"] = _digests(pool, [Path(path) for path in inputs])
+                manifest["inputs"] = _digests(pool, [Path(p) for p, facts in inputs.items() if "bytes" in facts])
                 outputs = [path(output_dir / name) for name in config.sources for path in (bin_path, idx_path)]
                 manifest["outputs"] = {Path(p).name: digest for p, digest in _digests(pool, outputs).items()}
             except BaseException:
@@ -111,16 +113,18 @@ def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -
 
 
 def _plan(config: CorpusConfig) -> tuple[list[Unit], dict[str, dict]]:
-    """All units, and the size and time of every input file."""
+    """All units, and the size and time of every input file; nothing of a file on the hub, whose name tells all."""
     units: list[Unit] = []
     for name, source in config.sources.items():
         units += plan_units(name, source, first_number=len(units), chunk_bytes=max(1, int(config.chunk_mb * 1e6)))
-    inputs = {}
-    for unit in units:
-        for piece in unit.pieces:
-            if piece.format != "dataset" and piece.path not in inputs:
-                stat = os.stat(piece.path)
-                inputs[piece.path] = {"source": unit.source, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    inputs: dict[str, dict] = {}
+    for name, source in config.sources.items():
+        pieces = (piece.path for unit in units if unit.source == name for piece in unit.pieces)
+        for path in dataset_files(source) if source.dataset else dict.fromkeys(pieces):
+            inputs.setdefault(path, {"source": name})
+            if os.path.exists(path):
+                stat = os.stat(path)
+                inputs[path] |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return units, inputs
 
 
@@ -143,9 +147,10 @@ def _open_output(config: CorpusConfig, output_dir: Path, identity: dict) -> dict
     """
     plan = output_dir / WORK / "plan.json"
     manifest = read_json(output_dir / MANIFEST) if (output_dir / MANIFEST).exists() else None
+    unfinished = identity | {"parts_format": _PARTS_FORMAT}
     begun = manifest["built_from"] if manifest else read_json(plan) if plan.exists() else None
     if begun is not None:
-        _refuse_difference(output_dir, begun, identity)
+        _refuse_difference(output_dir, begun, identity if manifest else unfinished)
         for leftover in [*output_dir.glob(".*.partial"), *plan.parent.rglob(".*.partial")]:
             leftover.unlink(missing_ok=True)
         return manifest
@@ -154,7 +159,7 @@ def _open_output(config: CorpusConfig, output_dir: Path, identity: dict) -> dict
             if path.exists():
                 raise UserError(f"{path}: exists, and no manifest says where it comes from; choose another output")
     (output_dir / WORK / "parts").mkdir(parents=True, exist_ok=True)
-    write_json(plan, identity)
+    write_json(plan, unfinished)
     return None
 
 

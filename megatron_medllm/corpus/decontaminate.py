@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_medllm.config.corpus import DecontaminateConfig
-from megatron_medllm.corpus.fold import fold, join
+from megatron_medllm.corpus.fold import SEPARATOR, fold, fold_origins, join
 from megatron_medllm.corpus.questions import GRAM, QuestionIndex
 from megatron_medllm.corpus.shingles import code_points, hash_grams
 
@@ -48,20 +48,21 @@ class Detector:
 
     def find(self, texts: list[str]) -> dict[int, Found]:
         """The contaminated ones among `texts`, by position."""
-        joined = join(texts)
-        folded, origins = fold(code_points(joined))
+        codes = code_points(join(texts))
+        folded = fold(codes)
         positions, grams = self._hits(hash_grams(folded, GRAM))
-        if not len(positions):
-            return {}
-        ends = np.cumsum([len(text) + 1 for text in texts])
-        documents = np.searchsorted(ends, origins[positions], side="right")
+        # A separator stands behind each text, and the fold keeps it.
+        documents = np.searchsorted(np.flatnonzero(folded == ord(SEPARATOR)), positions)
         covered = self._covered(documents, grams)
         run = self.config.match_chars - GRAM
         in_run = np.zeros(len(positions), bool)
         starts = max(0, len(positions) - run)
         in_run[:starts] = positions[run:] - positions[:starts] == run
         found = {}
-        for document in np.union1d(documents[in_run], np.array(list(covered), np.int64)):
+        suspects = np.union1d(documents[in_run], np.array(list(covered), np.int64))
+        origins = fold_origins(codes) if len(suspects) else positions
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        for document in suspects:
             low, high = np.searchsorted(documents, [document, document + 1])
             meetings = dict(covered.get(int(document), {}))
             self._add_long_matches(folded, positions[low:high][in_run[low:high]], meetings)
@@ -74,9 +75,11 @@ class Detector:
 
     def _hits(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the folded text where a question's gram begins, and the number of each gram."""
-        positions = np.flatnonzero(self._filters[0][_slots(hashes, _FILTER_SHIFTS[0])])
-        positions = positions[self._filters[1][_slots(hashes[positions], _FILTER_SHIFTS[1])]]
+        first, second = self._filters
+        positions = np.flatnonzero(first.take(_slots(hashes, _FILTER_SHIFTS[0]), mode="clip"))
         candidates = hashes[positions]
+        passed = second.take(_slots(candidates, _FILTER_SHIFTS[1]), mode="clip")
+        positions, candidates = positions[passed], candidates[passed]
         grams = np.searchsorted(self.index.grams, candidates)
         grams[grams == len(self.index.grams)] = 0
         true = self.index.grams[grams] == candidates if len(self.index.grams) else np.zeros(len(candidates), bool)

@@ -42,27 +42,34 @@ def _fold_code(code: int) -> list[int]:
     return [ord(c) for c in unicodedata.normalize("NFKD", chr(code)).lower() if c.isalnum()]
 
 
-def fold(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fold code points (uint32 [c]).
-
-    Returns:
-        The folded code points (uint32 [f]), and for each the position in `codes` that it comes from (int64 [f]).
-    """
+def fold(codes: np.ndarray) -> np.ndarray:
+    """Fold code points: uint32 [c] to uint32 [f]."""
     table, longer = _table()
-    folded = table[codes]
-    positions = np.flatnonzero(folded)
-    folded = folded[positions]
+    folded = table.take(codes, mode="clip")
+    folded = folded[folded != 0]
     expanding = np.flatnonzero(folded >= _CODES)
     if not len(expanding):
-        return folded, positions
+        return folded
     replacements = [longer[i] for i in folded[expanding] - _CODES]
     counts = np.ones(len(folded), np.int64)
     counts[expanding] = [len(replacement) for replacement in replacements]
-    starts = np.cumsum(counts) - counts
+    starts = (np.cumsum(counts) - counts)[expanding]
     out = np.repeat(folded, counts)
-    for start, replacement in zip(starts[expanding], replacements, strict=True):
+    for start, replacement in zip(starts, replacements, strict=True):
         out[start : start + len(replacement)] = replacement
-    return out, np.repeat(positions, counts)
+    return out
+
+
+def fold_origins(codes: np.ndarray) -> np.ndarray:
+    """For each code point of `fold(codes)` the position in `codes` that it comes from (int64 [f])."""
+    table, longer = _table()
+    folded = table.take(codes, mode="clip")
+    positions = np.flatnonzero(folded)
+    folded = folded[positions]
+    counts = np.ones(len(folded), np.int64)
+    expanding = folded >= _CODES
+    counts[expanding] = [len(longer[i]) for i in folded[expanding] - _CODES]
+    return np.repeat(positions, counts)
 
 
 def join(texts: Iterable[str]) -> str:

@@ -108,7 +108,7 @@ def index_questions(questions: list[Question], config: DecontaminateConfig) -> Q
     """Fold, cut into grams, and subtract boilerplate."""
     questions = sorted(questions, key=lambda question: question.edition)
     printings = [(q, text) for q, question in enumerate(questions) for text in question.printings()]
-    folded, _ = fold(code_points(join(text for _, text in printings)))
+    folded = fold(code_points(join(text for _, text in printings)))
     # A separator stands behind each printing: its position in `folded` ends the probe.
     ends = np.flatnonzero(folded == ord(SEPARATOR))
     starts = np.concatenate(([0], ends[:-1] + 1))
@@ -159,13 +159,22 @@ def _distinct(
 
     Probes come sorted by edition, and the sort is stable, so within a gram both stay sorted.
     """
-    order = np.argsort(grams, kind="stable")
+    order = _stable_order(grams)
     grams, probes = grams[order], probes[order]
     new_gram = _changes(grams)
     new_edition = new_gram | _changes(probe_edition[probes])
     in_editions = np.bincount((np.cumsum(new_gram) - 1)[new_edition])
     new_pair = new_gram | _changes(probes)
     return grams[new_pair], probes[new_pair], in_editions
+
+
+def _stable_order(values: np.ndarray) -> np.ndarray:
+    """What `argsort(kind="stable")` gives, from two sorts that are not stable and several times as fast."""
+    order = np.argsort(values)
+    ranks = np.cumsum(_changes(values[order]))
+    keys = ranks * len(values) + order  # equal values in the order of their positions
+    keys.sort()
+    return keys % max(1, len(values))
 
 
 def _changes(values: np.ndarray) -> np.ndarray:

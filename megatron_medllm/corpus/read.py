@@ -168,6 +168,15 @@ def _load_dataset(source: SourceConfig):
         raise UserError(f"data set {source.dataset!r}: {str(error).splitlines()[0]}") from None
 
 
+def dataset_files(source: SourceConfig) -> list[str]:
+    """The files that a data set's split is made of; those on the hub name their commit (`hf://…@COMMIT/…`)."""
+    import datasets
+
+    assert source.dataset is not None
+    builder = datasets.load_dataset_builder(source.dataset, source.dataset_config)
+    return list((builder.config.data_files or {}).get(source.dataset_split, []))
+
+
 def _dataset_pieces(name: str, source: SourceConfig) -> list[Piece]:
     shards = _load_dataset(source).num_shards
     return [Piece(f"{source.dataset}#{shard}", "dataset", "", shard, shards) for shard in range(shards)]

@@ -4,11 +4,25 @@ Texts are laid end to end as code points; hashes are computed over the whole run
 grams that straddle two texts are then left out.
 """
 
+import itertools
+
 import numpy as np
 
 _BLOCK = 1 << 15
-_MULTIPLIERS = [np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
-_CODE_BITS, _TWO_CODES, _MIX_SHIFT = np.uint64(21), np.uint64(42), np.uint64(29)
+# Odd and otherwise arbitrary: one for each doubling of the window, and the last for the end.
+_MULTIPLIERS = [
+    np.uint64(x)
+    for x in (
+        0x9E3779B97F4A7C15,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0xD6E8FEB86659FD93,
+        0xFF51AFD7ED558CCD,
+        0xC4CEB9FE1A85EC53,
+        0x2545F4914F6CDD1D,
+    )
+]
+_HALF, _MIX_SHIFT = np.uint64(32), np.uint64(29)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -17,38 +31,39 @@ def code_points(text: str) -> np.ndarray:
 
 
 def hash_grams(codes: np.ndarray, n: int) -> np.ndarray:
-    """A 64-bit hash of each of the n-grams of `codes` (uint32 [c]), n >= 5: uint64 [c - n + 1].
+    """A 64-bit hash of each of the n-grams of `codes` (uint32 [c]): uint64 [c - n + 1].
 
-    Three code points fit 63 bits without loss. The n-gram is the sum of such trigrams, each times an odd number, so
-    that a hash costs a few cached passes instead of n.
+    A sum of code points, each times a fixed odd number of its place (multilinear hashing), then mixed. The sums of two
+    neighbouring windows, one of them times a number, make that of the window twice as wide, so a hash costs 2 log2(n)
+    cached passes instead of n; where n is no power of two, the last two windows overlap.
     """
     count = max(0, len(codes) - n + 1)
     hashes = np.empty(count, np.uint64)
-    at = [*range(0, n - 3, 3), n - 3]  # the last trigram overlaps where 3 does not divide n
-    longest = min(_BLOCK, count)
-    codes_64, trigrams, scratch = (np.empty(longest + n - 1, np.uint64) for _ in range(3))
+    longest = min(_BLOCK, count) + n - 1
+    buffers = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
     for start in range(0, count, _BLOCK):
-        size = min(_BLOCK, count - start)
-        block, grams, spare = codes_64[: size + n - 1], trigrams[: size + n - 3], scratch[: size + n - 3]
-        block[:] = codes[start : start + size + n - 1]
-        np.left_shift(block[1:-1], _CODE_BITS, out=grams)
-        grams |= block[:-2]
-        np.left_shift(block[2:], _TWO_CODES, out=spare)
-        grams |= spare
-        out, spare = hashes[start : start + size], spare[:size]
-        np.multiply(grams[:size], _MULTIPLIERS[0], out=out)
-        for position in at[1:]:
-            np.right_shift(out, _MIX_SHIFT, out=spare)
-            out ^= spare
-            out *= _MULTIPLIERS[1]
-            out += grams[position : position + size]
-        for multiplier in _MULTIPLIERS[1:]:
-            np.right_shift(out, _MIX_SHIFT, out=spare)
-            out ^= spare
-            out *= multiplier
-        np.right_shift(out, _MIX_SHIFT, out=spare)
-        out ^= spare
+        size = min(_BLOCK, count - start) + n - 1
+        sums, spare = buffers
+        sums[:size] = codes[start : start + size]
+        width, multipliers = 1, itertools.cycle(_MULTIPLIERS[:-1])
+        while width < n:
+            step = min(width, n - width)
+            size -= step
+            np.multiply(sums[:size], next(multipliers), out=spare[:size])
+            spare[:size] += sums[step : step + size]
+            sums, spare = spare, sums
+            width += step
+        _mix(sums[:size], spare[:size], out=hashes[start : start + size])
     return hashes
+
+
+def _mix(sums: np.ndarray, spare: np.ndarray, *, out: np.ndarray) -> None:
+    """Let every bit of a sum decide every bit of its hash; one-to-one."""
+    np.right_shift(sums, _HALF, out=spare)
+    np.bitwise_xor(sums, spare, out=out)
+    out *= _MULTIPLIERS[-1]
+    np.right_shift(out, _MIX_SHIFT, out=spare)
+    out ^= spare
 
 
 def hash_grams_of_texts(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:

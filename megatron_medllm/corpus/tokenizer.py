@@ -180,12 +180,12 @@ class Encoders:
     def __init__(self, facts: TokenizerFacts) -> None:
         self.facts = facts
         self._loaded: dict[str, Encoder] = {}
-        self.fast_failure = ""
+        self._fast_failure = ""
         if facts.kind == "huggingface":
             try:
                 self.get("fastokens")
             except Exception as error:  # whatever it is, `tokenizers` can still do the work; told in the manifest
-                self.fast_failure = f"fastokens cannot load it: {error}"
+                self._fast_failure = f"fastokens cannot load it: {error}"
         else:
             self.get(facts.kind)
 
@@ -195,15 +195,25 @@ class Encoders:
             self._loaded[backend] = load_encoder(self.facts, backend)
         return self._loaded[backend]
 
+    def encode_fast(self, texts: list[str]) -> Encoded | str:
+        """Ids by fastokens, or why there are none."""
+        return self._fast_failure or self.get("fastokens")(texts)
 
-def choose_backend(facts: TokenizerFacts, sample: list[str], encoders: Encoders) -> tuple[str, str]:
-    """The library to use, and why: fastokens where its ids for `sample` equal those of `tokenizers`."""
+
+def choose_backend(facts: TokenizerFacts, sample: list[str], ask_fast: Callable[[], Encoded | str]) -> tuple[str, str]:
+    """The library to use, and why: fastokens where its ids for `sample` equal those of `tokenizers`.
+
+    Args:
+        ask_fast: `Encoders.encode_fast` of the sample; asked for after `tokenizers` has done its part, so that
+            another process may work on it meanwhile.
+    """
     if facts.kind != "huggingface":
         return facts.kind, "the only library for this kind"
-    if encoders.fast_failure:
-        return "tokenizers", encoders.fast_failure
-    ids, counts = encoders.get("fastokens")(sample)
     expected_ids, expected_counts = load_encoder(facts, "tokenizers")(sample)
+    fast = ask_fast()
+    if isinstance(fast, str):
+        return "tokenizers", fast
+    ids, counts = fast
     if not (np.array_equal(ids, expected_ids) and np.array_equal(counts, expected_counts)):
         return "tokenizers", f"fastokens' ids differ on a sample of {len(sample)} texts"
     return "fastokens", f"its ids equal tokenizers' on a sample of {len(sample)} texts, {len(ids)} tokens"

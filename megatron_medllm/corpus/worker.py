@@ -26,7 +26,7 @@ from megatron_medllm.corpus.decontaminate import Detector, Found
 from megatron_medllm.corpus.dedup import sign
 from megatron_medllm.corpus.index import token_dtype
 from megatron_medllm.corpus.read import Documents, Piece, Unit, count_lines, read_piece
-from megatron_medllm.corpus.tokenizer import Encoder, Encoders, TokenizerFacts, choose_backend
+from megatron_medllm.corpus.tokenizer import Encoded, Encoder, Encoders, TokenizerFacts
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, write_json
 
@@ -58,16 +58,18 @@ _worker: "UnitWriter | None" = None
 def start_worker(job: Job) -> None:
     """Initialise a worker process: load the tokenizer once, and die with the parent."""
     global _worker
-    # One core per worker: the libraries' own threads would fight the other workers for theirs.
-    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    # One core per worker: the libraries' own threads would fight the other workers for theirs. fastokens' would also
+    # burn time waiting for work, each with a cache of its own to fill.
+    os.environ |= {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=_exit_with_parent, args=(job.parent_pid,), daemon=True).start()
     _worker = UnitWriter(job)
 
 
-def compare_backends(sample: list[str]) -> tuple[str, str]:
-    """The library whose ids can be trusted for `sample`, and why."""
+def encode_fast(sample: list[str]) -> Encoded | str:
+    """Ids of `sample` by fastokens, or why there are none."""
     assert _worker is not None
-    return choose_backend(_worker.job.tokenizer, sample, _worker.encoders)
+    return _worker.encoders.encode_fast(sample)
 
 
 def run_unit(unit: Unit, backend: str) -> dict:
@@ -148,13 +150,14 @@ class UnitWriter:
     def _clean(self, part: "PartWriter", piece: int, batch: Documents) -> list[Document]:
         config = self.job.config.sources[part.unit.source].clean
         kept = []
-        for text, identifier, line in zip(batch.texts, batch.ids, batch.lines, strict=True):
-            if not text and self.job.config.keep_empty:
+        cleaned = clean(batch.texts, config)
+        for was, (text, step, reason), identifier, line in zip(
+            batch.texts, cleaned, batch.ids, batch.lines, strict=True
+        ):
+            if not was and self.job.config.keep_empty:
                 part.empty += 1
-                kept.append(Document(text, identifier, line))
-                continue
-            text, step, reason = clean(text, config)
-            if step:
+                kept.append(Document(was, identifier, line))
+            elif step:
                 part.drop(piece, line, identifier, f"clean.{step}", reason)
             else:
                 kept.append(Document(text, identifier, line))

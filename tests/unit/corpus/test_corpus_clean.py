@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_medllm.config.corpus import CleanConfig
-from megatron_medllm.corpus.clean import clean, dedup_lines, japanese_ratio, repeat_ratio
+from megatron_medllm.corpus.clean import clean, dedup_lines, japanese_ratios, repeat_ratios
 
 OFF = {"nfc": False}
 
@@ -22,7 +22,7 @@ OFF = {"nfc": False}
     ],
 )
 def test_rewriting(options, text, expected):
-    assert clean(text, CleanConfig(**options)) == (expected, "", "")
+    assert clean(["前", text, "後"], CleanConfig(**options)) == [("前", "", ""), (expected, "", ""), ("後", "", "")]
 
 
 @pytest.mark.parametrize(
@@ -36,16 +36,17 @@ def test_rewriting(options, text, expected):
     ],
 )
 def test_dropping(options, text, step, reason):
-    assert clean(text, CleanConfig(**options))[1:] == (step, reason)
+    assert clean([text], CleanConfig(**options))[0][1:] == (step, reason)
 
 
 def test_nothing_is_dropped_by_default():
-    for text in ("a", " ", "表" * 1000, "http://example.com\n" * 50):
-        assert clean(text, CleanConfig()) == (text, "", "")
+    texts = ["a", " ", "表" * 1000, "http://example.com\n" * 50]
+    assert clean(texts, CleanConfig()) == [(text, "", "") for text in texts]
 
 
 def test_ratios():
-    assert japanese_ratio("あア漢、ab") == pytest.approx(4 / 6)
-    assert repeat_ratio("0123456789" + "0123456789") == pytest.approx(2 / 11)
-    assert repeat_ratio("short") == 0.0
+    assert japanese_ratios(["ab", "あア漢、ab", ""]) == pytest.approx([0, 4 / 6, 0])
+    texts = ["0123456789", "0123456789" + "0123456789", "short", "ab" * 20, "012345678"]
+    assert repeat_ratios(texts) == pytest.approx([0, 2 / 11, 0, 1, 0])
+    assert repeat_ratios(["同じ文が続きます。それから、"] * 2) == [0, 0]
     assert dedup_lines("a\nb\na") == "a\nb"

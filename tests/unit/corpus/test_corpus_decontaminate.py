@@ -10,7 +10,7 @@ from test_corpus_read import read_dropped
 
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.decontaminate import Detector
-from megatron_medllm.corpus.fold import fold
+from megatron_medllm.corpus.fold import fold, fold_origins
 from megatron_medllm.corpus.questions import Question, index_questions, load_questions
 from megatron_medllm.corpus.shingles import code_points
 from megatron_medllm.errors import UserError
@@ -118,11 +118,11 @@ def test_masking_cuts_the_passage_only(detector):
 
 def test_fold_forgets_layout_width_case_and_voicing():
     def folded(text):
-        return "".join(map(chr, fold(code_points(text))[0]))
+        return "".join(map(chr, fold(code_points(text))))
 
     assert folded("ＡＢ c、\u3000。㎎①10⁶") == "abcmg1106"
     assert folded("ガ") == folded("ｶﾞ") == folded("カ\u3099") == "カ"
-    positions = fold(code_points("a 、㎎b"))[1]
+    positions = fold_origins(code_points("a 、㎎b"))
     assert positions.tolist() == [0, 3, 3, 4]
 
 

@@ -163,6 +163,31 @@ def test_other_settings_and_changed_input_are_refused(tmp_path, config, monkeypa
         build(config, output, workers=1)
 
 
+def test_parts_of_another_format_are_not_mixed_in(tmp_path, config, monkeypatch):
+    output = interrupted(tmp_path, config, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        with pytest.raises(UserError, match="parts_format: 2 there, 99 now"):
+            build(config, output, workers=1)
+    build(config, output, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        build(config, output, workers=1)  # of a finished build no parts are left
+
+
+def test_a_data_set_that_has_changed_is_refused(tmp_path, configure, monkeypatch):
+    data = tmp_path / "data" / "train.jsonl"
+    data.parent.mkdir()
+    write_jsonl(data, SENTENCES)
+    config = configure({"s": {"dataset": str(data.parent)}})
+    manifest = build(config, tmp_path / "out", workers=1)
+    assert list(manifest["inputs"]) == [str(data)]
+    with open(data, "ab") as stream:
+        stream.write(b'{"text": "more"}\n')
+    with pytest.raises(UserError, match=r"inputs\..*train\.jsonl\.bytes"):
+        build(config, tmp_path / "out", workers=1)
+
+
 def test_finished_build_takes_new_weights_only(tmp_path, config):
     before = build(config, tmp_path / "out", workers=1)
     kept = contents(tmp_path / "out")
