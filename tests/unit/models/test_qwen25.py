@@ -103,7 +103,7 @@ def test_te_finds_no_state_of_its_final_norm_in_a_checkpoint_of_torchs(tmp_path:
     assert loaded[key].tolist() == [0, 1, 2]
     assert torch.equal(loaded["decoder.final_layernorm.weight"], expected - 0.5)
     state["model"]["another.object"] = ShardedObject("another.object", None, (1,), (0,))
-    with pytest.raises(CheckpointException, match="another.object"):
+    with pytest.raises(CheckpointException, match=r"another\.object"):
         mcore.load_sharded(state, tmp_path)
 
 
