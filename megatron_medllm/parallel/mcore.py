@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
+    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -259,11 +265,21 @@ def _save_errors() -> Iterator[None]:
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint, each data-parallel rank reading its part."""
+    """Fill a sharded state from a checkpoint, each data-parallel rank reading its part.
+
+    What the checkpoint lacks of modules' `_extra_state` stays as it is: Transformer Engine's final norm has one, empty,
+    and a checkpoint of the torch backend does not.
+    """
+    stored = load_sharded_metadata(str(directory))
+
+    def known(entry: Any) -> Any:
+        is_extra = isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state")
+        return LocalNonpersistentObject(entry.data) if is_extra and entry.unique_key not in stored else entry
+
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), _data_parallel_group()
     )
-    return dist_checkpointing.load(state, str(directory), strategy)
+    return dist_checkpointing.load(dict_list_map_outplace(known, state), str(directory), strategy)
 
 
 def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded: dict[str, Any]) -> None:

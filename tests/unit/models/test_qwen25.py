@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import log_softmax
 
 from megatron_medllm.config.layout import LayoutConfig
@@ -82,6 +83,28 @@ def test_te_layers_attend_with_our_core_where_a_stream_is_split(monkeypatch: pyt
     spec = block_spec(config, "te", None)
     cores = [layer.submodules.self_attention.submodules.core_attention for layer in spec.layer_specs]
     assert [core is PackedAttention for core in cores] == [ours] * 2
+
+
+def test_te_finds_no_state_of_its_final_norm_in_a_checkpoint_of_torchs(tmp_path: Path):
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_medllm.parallel import mcore
+
+    model = build_tiny(SHAPE)
+    mcore.StateWriter().start(mcore.sharded_state([model], None, is_loading=False), tmp_path, wait=True)
+    state = mcore.sharded_state([model], None, is_loading=True)
+    assert any(isinstance(entry, ShardedObject) for entry in state["model"].values())
+    key = "decoder.final_layernorm._extra_state"
+    state["model"][key] = ShardedObject(key, torch.arange(3), (1,), (0,))
+    expected = model.decoder.final_layernorm.weight.detach().clone() + 0.5
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight.copy_(expected)  # it is read again, over this
+    loaded = mcore.load_sharded(state, tmp_path)["model"]
+    assert loaded[key].tolist() == [0, 1, 2]
+    assert torch.equal(loaded["decoder.final_layernorm.weight"], expected - 0.5)
+    state["model"]["another.object"] = ShardedObject("another.object", None, (1,), (0,))
+    with pytest.raises(CheckpointException, match=r"another\.object"):
+        mcore.load_sharded(state, tmp_path)
 
 
 def test_no_gradient_crosses_documents_or_goes_back_in_time():
