@@ -17,7 +17,7 @@ from megatron_medllm.launch.submit import submit
 from megatron_medllm.recipe import recipe_stages, submit_bench
 from megatron_medllm.storage import read_json, read_jsonl
 
-STEPS = 80
+STEPS = 50
 RECIPE = {
     "model": {
         "shape": {
@@ -76,26 +76,27 @@ def losses(run_dir: Path) -> dict[int, float]:
 def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: LocalSlurm, tmp_path: Path) -> None:
     interrupted, left_alone = tmp_path / "interrupted", tmp_path / "left-alone"
     ids = submit_recipe(slurm, recipe(tmp_path, interrupted, corpus=None))
-    assert list(ids) == ["world", "corpus-base", "base"]
+    assert list(ids) == ["world", "corpus-base", "base", "export"]
     slurm.wait(lambda: len(losses(interrupted)) >= 5, "five steps")
     subprocess.run(["scancel", "--signal=USR1", ids["base"]], check=True)
     slurm.wait(lambda: RunFiles(interrupted).ended("base").exists(), "the requeue")
     assert ended(interrupted, "base")["reason"] == "saved and stopped on a signal or the time limit"
-    slurm.wait_for_state(ids["base"], "COMPLETED")
-    assert [s.restarts for s in run_status(interrupted)] == [0, 0, 1]
+    slurm.wait_for_chain(interrupted, ids)
+    assert [s.restarts for s in run_status(interrupted)] == [0, 0, 1, 0]
     assert 5 <= starts(interrupted, "base")[1]["step"] < STEPS
 
     again = submit_recipe(slurm, recipe(tmp_path, left_alone, corpus=interrupted))
-    slurm.wait_for_state(again["base"], "COMPLETED")
+    slurm.wait_for_chain(left_alone, again)
     assert len(starts(left_alone, "base")) == 1
     assert len(losses(left_alone)) == STEPS
     assert losses(interrupted) == losses(left_alone)
-    assert (interrupted / "base" / "hf" / "config.json").is_file()
+    weights = [(run_dir / "hf" / "model.safetensors").read_bytes() for run_dir in (interrupted, left_alone)]
+    assert weights[0] == weights[1]
 
 
 def test_a_benchmark_is_measured_on_two_nodes(slurm: LocalSlurm, tmp_path: Path) -> None:
     run = recipe(tmp_path, tmp_path / "run", corpus=tmp_path)  # the corpus is made up
-    run = run.model_copy(update={"cluster": slurm.cluster()})
+    run = run.model_copy(update={"cluster": slurm.cluster(), "stage": "base"})
     submit_bench(run, "throughput --synthetic --steps 2 --warmup-steps 1", dry_run=False, force=False)
     slurm.wait_for_chain(run.run_dir, submitted_jobs(RunFiles(run.run_dir)))
     found = read_json(run.run_dir / "bench" / "throughput.json")
