@@ -1,7 +1,7 @@
 """Gradients of one step of continued pretraining: float64 autograd's on documents alone, and any micro-batch's.
 
-Limits as in test_rpo_gradients.py: fp32 is within 2e-6 of float64 over all parameters, and orders of summation within 1e-6
-of each other.
+Limits as in test_rpo_gradients.py: fp32 is within 2e-6 of float64 over all parameters, and orders of summation are
+within 1e-6 of each other.
 """
 
 import shutil
