@@ -25,7 +25,7 @@ from megatron_medllm.train.scoring import score
 from tests.dist.rpo_ranks import first_step
 
 BETA, ALPHA = 0.3, 0.7
-PAIRS = random_pairs(19, seed=4)
+PAIRS = [pair | {"weight": [0.5, 1.0, 2.0][i % 3]} for i, pair in enumerate(random_pairs(19, seed=4))]
 PACKINGS = {
     "one pair a pass": {"sequence_length": 48, "micro_batch_size": 1},
     "all pairs in one pass": {"micro_batch_size": 16},
@@ -111,7 +111,8 @@ def truth(place) -> tuple[float, HFWeights]:
         chosen, rejected = (answer_logprob(model, tokenizer, PAIRS[row], side) for side in SIDES)
         margin = (chosen - reference[row][0]) - (rejected - reference[row][1])
         tokens = len(tokenizer.encode(PAIRS[row]["chosen"]).ids) + 1
-        total = total - F.logsigmoid(BETA * margin) - ALPHA * chosen / tokens
+        total = total + PAIRS[row]["weight"] * (-F.logsigmoid(BETA * margin) - ALPHA * chosen / tokens)
+    assert len({PAIRS[row]["weight"] for row in batch}) == 3
     loss = total / len(batch)
     loss.backward()
     folder = shutil.copytree(place / "hf", place / "gradients")
