@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_medllm.bench.process import cpu_model
+
 ROUNDS = 5
 CLEAN = {
     "strip_zero_width": True,
@@ -205,19 +207,12 @@ def main() -> None:
         arguments.output.write_text(_page(arguments, rows, memory, load), encoding="utf-8")
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def _page(arguments: argparse.Namespace, rows: list[str], memory: list[str], load: float) -> str:
     libraries = ", ".join(f"{n} {version(n)}" for n in ("fastokens", "tokenizers", "rensa", "numpy", "megatron-core"))
     lines = [
         "# The corpus builder's speed and memory",
         "",
-        f"{_processor()}, {os.cpu_count()} cores (shared); Python {platform.python_version()}, {libraries}.",
+        f"{cpu_model()}, {os.cpu_count()} cores (shared); Python {platform.python_version()}, {libraries}.",
         f"Input: {Path(arguments.data).name}, {os.path.getsize(arguments.data) / 1e6:.1f} MB; Qwen2.5's tokenizer. "
         "Command: `python tools/bench_corpus.py --data … --tokenizer … --exams … --memory --output "
         "docs/benchmarks/corpus.md`.",

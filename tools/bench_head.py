@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from megatron_medllm.bench.process import cpu_model, cpu_seconds, peak_mib, reset_peak, resident_mib
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.storage import atomic_write
 
@@ -77,8 +77,8 @@ def measure_here(arguments: argparse.Namespace) -> dict:
     )
     target = torch.randint(0, arguments.vocab, (arguments.tokens,))
     upstream = torch.full((arguments.tokens,), -1.0 / arguments.tokens)  # `general` and `frozen` do not know of it
-    Path("/proc/self/clear_refs").write_text("5")
-    held_kib, cpu_s, wall_s = memory_kib("VmRSS"), cpu_seconds(), time.perf_counter()
+    reset_peak()
+    held_mib, cpu_s, wall_s = resident_mib(), cpu_seconds(), time.perf_counter()
     if fused:
         uniform = -1.0 if arguments.variant == "uniform" else None
         logprobs, _ = fused_linear_logprob(hidden, weight, target, uniform_grad=uniform)
@@ -88,7 +88,7 @@ def measure_here(arguments: argparse.Namespace) -> dict:
         logprobs.backward(upstream)
     cpu_s, wall_s = cpu_seconds() - cpu_s, time.perf_counter() - wall_s
     return {
-        "peak_mib": (memory_kib("VmHWM") - held_kib) / 1024,
+        "peak_mib": peak_mib() - held_mib,
         "cpu_s": cpu_s,
         "wall_s": wall_s,
         "logprobs": logprobs.double().sum().item(),
@@ -147,28 +147,6 @@ times say nothing and CPU times are rough; memory is exact either way.
 """
     with atomic_write(path) as stream:
         stream.write((text + "\n".join(lines) + "\n").encode())
-
-
-def cpu_model() -> str:
-    """As /proc/cpuinfo calls it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def memory_kib(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def cpu_seconds() -> float:
-    """User + system time of all threads so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

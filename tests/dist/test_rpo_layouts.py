@@ -81,14 +81,18 @@ def test_loss_and_gradients_are_those_of_one_process(directory: Path, name: str)
     ranks = ranks_of(directory, name)
     for key in ("loss", "nll", "chosen_logprob", "rejected_logprob", "pairs", "chosen_tokens"):
         assert ranks[0]["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-6), key
-    seen = set()
+    seen, squares, total = set(), 0.0, 0.0
     for parameter, expected in one["gradients"].items():
         parts = [rank["gradients"][parameter] for rank in ranks if parameter in rank["gradients"]]
         found = whole(parameter, parts, expected)
         expected = expected[: len(found)]
         assert expected.norm() > 0, parameter
-        assert (found - expected).norm() < 2e-6 * expected.norm() + 1e-9, parameter
+        # One process itself is off from float64 by 1e-6 and more in small parameters (test_rpo_gradients.py).
+        assert (found - expected).norm() < 1.5e-6 * expected.norm() + 1e-9, parameter
+        squares += (found - expected).double().square().sum().item()
+        total += expected.double().square().sum().item()
         seen.add(parameter)
+    assert squares < 1e-6**2 * total
     assert len(seen) == 4 * 7 + 2  # a layer's two norms, qkv and its bias, proj, fc1, fc2; embedding, final norm
 
 
