@@ -11,6 +11,15 @@ def test_fuzz_set_small_vocabulary(tmp_path, build_one, tokenizer_dir, eod_id):
     assert manifest["dtype"] == "uint16"
 
 
+@pytest.mark.skipif(not (SHARED / "qwen2.5-tokenizer").exists(), reason="needs the shared data")
+def test_fuzz_set_real_tokenizer(tmp_path, build_one):
+    tokenizer = SHARED / "qwen2.5-tokenizer"
+    output, manifest = build_one(FUZZ, clean={"nfc": False}, tokenizer=str(tokenizer), eod_id=151643)
+    write_reference(tmp_path / "in.jsonl", tmp_path / "reference", tokenizer / "tokenizer.json", 151643)
+    assert_same_bytes(output / "s", tmp_path / "reference")
+    assert manifest["backend"]["name"] == "fastokens"
+
+
 @pytest.mark.skipif(not (SHARED / "medical_ja.jsonl").exists(), reason="needs the shared data")
 def test_medical_text_real_tokenizer(tmp_path, build_one):
     source = tmp_path / "medical.jsonl"
