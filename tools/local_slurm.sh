@@ -28,7 +28,7 @@ free_ports() {
 write_config() {
     local dir=$1 nodes=$2 gpus=$3 base=$4 i
     cat >"$dir/slurm.conf" <<CONF
-ClusterName=medllm$base
+ClusterName=medllm
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$base
 SlurmUser=root
@@ -106,11 +106,12 @@ up() {
     for i in $(seq "$nodes"); do boot_node "$dir" "n$i"; done
     export SLURM_CONF=$dir/slurm.conf
     for i in $(seq 240); do
+        sleep 0.5 # sinfo would wait a minute for a controller that has refused to start
         if ! owner_lives || ! kill -0 "$(cat "$dir/slurmctld.pid")" 2>/dev/null; then break; fi
         [[ $(sinfo --noheader --format=%T%D 2>/dev/null) == "idle$nodes" ]] && return
-        sleep 0.5
     done
     down "$dir"
+    tail -n 3 "$dir/slurmctld.out" >&2
     echo "local_slurm: the nodes did not come up; see $dir/*.log" >&2
     exit 1
 }
