@@ -241,6 +241,7 @@ class Qwen25Model(GPTModel):
             vp_stage=vp_stage,
         )
         self.shape = shape
+        _mark_split_weights(self)
 
     def _preprocess(
         self,
@@ -300,6 +301,22 @@ class Qwen25Model(GPTModel):
             valid_vocab=self.shape.vocab_size,
             uniform_grad=uniform_grad,
         )
+
+
+def _mark_split_weights(model: nn.Module) -> None:
+    """Mark what tensor parallelism splits: of an unmarked weight the gradient norm counts the first rank's slice only.
+
+    Megatron-Core does so where it draws the weights, which it does not do here; TE's linears do it themselves.
+    """
+    for module in model.modules():
+        if isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.VocabParallelEmbedding):
+            axis = 0
+        elif isinstance(module, tensor_parallel.RowParallelLinear):
+            axis = 1
+        else:
+            continue
+        if module.weight is not None:  # a head that is the embedding has none of its own
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def build_model(

@@ -47,7 +47,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"do": "first step", "settings": settings(name, layout=layout), "out": str(place / name)}
         for name, layout in LAYOUTS.items()
     ]
-    jobs.append({"do": "train", "settings": settings("pp_run", layout={"pp": 2})})
+    jobs += [{"do": "train", "settings": settings(f"{name}_run", layout=LAYOUTS[name])} for name in ("pp", "tp")]
     (place / "jobs.json").write_text(json.dumps(jobs))
     run_ranks(2, "tests.dist.rpo_ranks", str(place / "jobs.json"), timeout_s=300, runtimes=len(jobs))
     for name, rpo in {"one": {}, "side_by_side": SIDE_BY_SIDE}.items():
@@ -101,6 +101,13 @@ def test_a_reference_scored_under_tensor_parallelism_serves_a_pipeline(directory
     one, two = metrics(directory / "one_run" / "rpo"), metrics(directory / "pp_run" / "rpo")
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pp", "tp"])
+def test_the_gradient_norm_by_which_steps_are_clipped_is_that_of_one_process(directory: Path, name: str) -> None:
+    one, two = (metrics(directory / run / "rpo", "grad_norm") for run in ("one_run", f"{name}_run"))
+    assert min(one) > 1.0  # clipped
+    assert two == pytest.approx(one, rel=5e-6)
 
 
 @pytest.mark.parametrize("name", ["reference", "reference_cp"])

@@ -7,6 +7,7 @@ within 1e-6 of each other.
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.names import weight_of_parameter
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.run import RunConfig
+from megatron_medllm.corpus.index import read_index
 from megatron_medllm.parallel import runtime
 from tests.dist.rpo_ranks import first_step
 
@@ -97,6 +99,30 @@ def test_loss_and_gradients_are_those_of_documents_alone(place, truth):
         expected[name] = gradients.read_local(weight, local_size=local, tp_rank=0, tp_size=1)
         assert (gradient - expected[name]).norm() < 4e-6 * expected[name].norm(), name
     assert difference(ours["gradients"], expected) < 2e-6
+
+
+def test_every_step_trains_on_what_its_ledger_line_says(place):
+    """Three steps: the tokens of a step are those of the documents that `consumed` names, and no row comes twice."""
+    from megatron_medllm.train.setup import build_trainer
+
+    run = settings(place, "ledger", train_tokens=3 * 4 * LENGTH, global_batch_size=4)
+    (prefix,) = [path.with_suffix("") for path in (place / "corpus").glob("*.bin")]
+    index = read_index(prefix)
+    tokens = np.fromfile(prefix.with_suffix(".bin"), dtype=index.dtype)
+    starts = np.cumsum([0, *index.lengths])
+    ranks = runtime.start(run.layout, seed=run.seed)
+    try:
+        step_object = build_trainer(run, ranks).step
+        seen = []
+        for step in range(step_object.total_steps):
+            batches, rows = step_object.micro_batches(step), step_object.consumed(step)
+            for batch, spans in zip(batches, rows, strict=True):
+                parts = [tokens[starts[d] + offset : starts[d] + offset + n] for _, d, offset, n in spans]
+                assert np.concatenate(parts)[:LENGTH].tolist() == batch.tokens.tolist()
+                seen.append(tuple(spans))
+    finally:
+        runtime.stop()
+    assert len(seen) == len(set(seen)) == 12
 
 
 @pytest.mark.parametrize("size", [2, 8])

@@ -141,6 +141,21 @@ def test_the_first_step_is_ln_2_plus_the_nll_and_everything_is_logged(uninterrup
     assert report["pairs"] == 40 and report["dropped"] == {} and 0.2 < report["saved_by_sharing"] < 0.5
 
 
+def test_an_epoch_uses_every_pair_once_and_the_next_in_another_order(model, scored, uninterrupted, tmp_path):
+    (first,) = epochs_of(uninterrupted, pairs=40)
+    assert sorted(first) == list(range(40)) and first != sorted(first)
+    assert train(run_config(settings(model, scored, tmp_path, epochs=2))) == 0
+    again, second = epochs_of(tmp_path / "rpo", pairs=40)
+    assert again == first and sorted(second) == sorted(first) and second != first
+
+
+def epochs_of(output: Path, *, pairs: int) -> list[list[int]]:
+    """The rows that the steps consumed, an epoch a list."""
+    steps = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+    rows = [row for step in steps for row in step["consumed"]]
+    return [rows[start : start + pairs] for start in range(0, len(rows), pairs)]
+
+
 @pytest.mark.parametrize(
     "packing",
     [

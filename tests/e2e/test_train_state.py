@@ -74,6 +74,21 @@ def test_twenty_kills_change_nothing(tiny_world, tmp_path):
     assert left == ["step-00000036", "step-00000038", "step-00000040"]
 
 
+def test_a_resume_without_the_distributed_optimizer_is_bitwise(tiny_world, tmp_path, caplog):
+    """There the optimizer's state holds no copy of the weights: they come from the model's part of the checkpoint."""
+    run = run_config(cpt_settings(tiny_world, tmp_path, layout={"distributed_optimizer": False}))
+    assert train(run) == 0
+    before = tmp_path / "before"
+    shutil.copytree(tmp_path / "cpt", before)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "cpt" / "checkpoints" / f"step-{step:08d}")
+    caplog.set_level("INFO")
+    assert train(run) == 0
+    assert "step-00000002" in next(message for message in caplog.messages if "resuming from" in message)
+    same_results(tmp_path / "cpt", before)
+    assert metrics(before, "grad_norm") == metrics(tmp_path / "cpt", "grad_norm")
+
+
 def test_the_time_limit_stops_in_time_and_the_resume_is_bitwise(tiny_world, tmp_path, reference, monkeypatch):
     settings = cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": {"every_steps": 0, "async_save": True}})
     settings["cpt"]["guard"] = {"walltime_s": 0.001}
