@@ -29,7 +29,7 @@ from megatron_medllm.models.qwen25 import DTYPES
 from megatron_medllm.parallel import runtime
 from megatron_medllm.preference.pairs import training_questions
 from megatron_medllm.preference.sampling import sampling_requests
-from megatron_medllm.train.setup import build_chunks
+from megatron_medllm.train.model import build_chunks
 from megatron_medllm.train.throughput import StepClock
 
 

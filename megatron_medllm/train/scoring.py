@@ -19,8 +19,8 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import digest_file, digest_value
+from megatron_medllm.train.model import build_chunks, refuse_random_reference
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.setup import build_chunks, refuse_random_reference
 
 log = logging.getLogger(__name__)
 

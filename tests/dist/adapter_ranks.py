@@ -63,7 +63,8 @@ def train(job: dict[str, Any]) -> None:
     """Build, optionally load, take some steps, optionally save; leave losses and gradients in the job's folder."""
     from megatron_medllm.checkpoint.peft_adapter import load_adapter, read_peft
     from megatron_medllm.models.adapters import add_adapters
-    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+    from megatron_medllm.models.initialize import initialize_weights
+    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(**job["layout"])
     ranks = runtime.start(layout, seed=7, timeout_s=60)

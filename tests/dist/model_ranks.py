@@ -30,7 +30,8 @@ SHAPE = ModelShape(
 
 def train(job: dict[str, Any]) -> None:
     """Take three steps and leave the losses; what pads the FFN must still be zero."""
-    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+    from megatron_medllm.models.initialize import initialize_weights
+    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(**job["layout"])
     ranks = runtime.start(layout, seed=7, timeout_s=60)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
-from megatron_medllm.models.qwen25 import build_model, global_parameters, initialize_weights, unwrap
+from megatron_medllm.models.initialize import initialize_weights
+from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences
 from tests.unit.models.tiny import documents, positions_of

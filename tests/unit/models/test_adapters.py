@@ -37,7 +37,8 @@ def one_process() -> Iterator[None]:
 
 def build(dtype: str = "float32", recompute: str = "none", **adapter: Any) -> Any:
     from megatron_medllm.models.adapters import add_adapters
-    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+    from megatron_medllm.models.initialize import initialize_weights
+    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(recompute=recompute)
     chunks = build_model(ModelConfig(shape=SHAPE, dtype=dtype), layout, device=torch.device("cpu"))

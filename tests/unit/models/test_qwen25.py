@@ -55,7 +55,7 @@ def test_packed_documents_equal_the_same_documents_alone():
 
 def test_norms_that_te_fuses_into_linears_start_at_one():
     """There they are called `linear_qkv.layer_norm_weight`, and biases `layer_norm_bias` where a norm has one."""
-    from megatron_medllm.models.qwen25 import initialize_weights
+    from megatron_medllm.models.initialize import initialize_weights
 
     model = build_tiny(SHAPE)
     linear = model.decoder.layers[0].self_attention.linear_qkv
@@ -158,7 +158,8 @@ def test_padded_vocabulary_is_no_part_of_any_softmax():
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_gradient(recompute: str):
-    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+    from megatron_medllm.models.initialize import initialize_weights
+    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     found = []
     for layout in (LayoutConfig(), LayoutConfig(recompute=recompute)):

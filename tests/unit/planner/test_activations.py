@@ -27,7 +27,8 @@ def saved_bytes(layout: LayoutConfig, *, dtype: str, lora_targets: tuple[str, ..
     """Bytes of the distinct storages, parameters apart, that the forward pass packs for its backward pass."""
     from megatron_medllm.data.microbatch import MicroBatch
     from megatron_medllm.models.adapters import add_adapters
-    from megatron_medllm.models.qwen25 import build_model, initialize_weights, unwrap
+    from megatron_medllm.models.initialize import initialize_weights
+    from megatron_medllm.models.qwen25 import build_model, unwrap
     from megatron_medllm.parallel import runtime
     from megatron_medllm.parallel.packed import Segment
 
