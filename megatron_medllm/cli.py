@@ -308,7 +308,8 @@ def plan(
     workload = workload_of(run)
     hardware = hardware or (run.cluster.hardware if run.cluster else "h100-sxm")
     if search:
-        console.print(search_report(search_layouts(workload, hardware)), markup=False, highlight=False)
+        report = search_report(search_layouts(workload, hardware))
+        console.print(report, markup=False, highlight=False, soft_wrap=True)
         return
     if scale is not None:
         curve = scaling_curve(workload, hardware, gpus=doublings(workload, largest=scale))
@@ -348,7 +349,7 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     """Show stage, step, rate, time left and restarts of a submitted run."""
     from megatron_medllm.launch.status import run_status, status_report
 
-    console.print(status_report(run_status(run_dir)), markup=False, highlight=False)
+    console.print(status_report(run_status(run_dir)), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

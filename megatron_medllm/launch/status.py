@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -96,11 +97,21 @@ def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
         state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "GONE", reason)
     elif ended.get("job_id") == job_id and ended.get("outcome") == "requeued":
         reason = f"last ended: {ended['reason']}"
+    elif reason == "None":  # Slurm's word for a job that waits for nothing
+        reason = ""
     metrics = last_metrics(files.run / spec["metrics"]) if spec["metrics"] else {}
-    step, total, step_time = metrics.get("step"), spec["total_steps"], metrics.get("step_time_s")
+    step, total, step_time = metrics.get("step"), total_steps(files, spec), metrics.get("step_time_s")
     eta = (total - step) * step_time if total and step is not None and step_time else None
     rate = metrics.get("tokens_per_s")
     return StageStatus(stage, job_id, state, step, total, rate, eta, max(0, len(starts) - 1), reason)
+
+
+def total_steps(files: RunFiles, spec: dict[str, Any]) -> int | None:
+    """As the trainer counted them once it had seen its data; before that, as planned."""
+    counted = (files.run / spec["metrics"]).with_name("progress.json") if spec["metrics"] else None
+    if counted is not None and counted.is_file():
+        return read_json(counted)["total_steps"]
+    return spec["total_steps"]
 
 
 def last_metrics(path: Path, *, having: str = "step_time_s") -> dict:

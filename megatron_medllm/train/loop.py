@@ -183,6 +183,7 @@ class _Books:
         output_dir = trainer.run.output_dir()
         self._ledger = Ledger(output_dir / "ledger.jsonl")
         if trainer.runtime.is_main:
+            write_json(output_dir / "progress.json", {"total_steps": trainer.step.total_steps})
             settings: dict[str, Any] = trainer.run.model_dump(mode="json")
             self._log = MetricsLog(output_dir, wandb_project=trainer.config.wandb_project, config=settings)
             self.cut(first)

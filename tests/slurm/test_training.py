@@ -83,6 +83,7 @@ def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: L
     assert ended(interrupted, "base")["reason"] == "saved and stopped on a signal or the time limit"
     slurm.wait_for_chain(interrupted, ids)
     assert [s.restarts for s in run_status(interrupted)] == [0, 0, 1, 0]
+    assert (run_status(interrupted)[2].step, run_status(interrupted)[2].total_steps) == (STEPS, STEPS)
     assert 5 <= starts(interrupted, "base")[1]["step"] < STEPS
 
     again = submit_recipe(slurm, recipe(tmp_path, left_alone, corpus=interrupted))

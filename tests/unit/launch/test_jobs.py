@@ -14,11 +14,11 @@ from megatron_medllm.config.model import SIZES
 from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch import supervisor
-from megatron_medllm.launch.jobs import RunFiles, StageJob
+from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
 from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
-from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, status_report
+from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
 from megatron_medllm.launch.submit import check_chain, submission_report, submit
 from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
 from megatron_medllm.storage import write_json
@@ -229,3 +229,17 @@ def test_status_of_a_run_that_was_never_submitted(tmp_path: Path) -> None:
         run_status(tmp_path)
     assert status_report([]).split() == ["stage", "job", "state", "step", "tokens/s", "ETA", "restarts", "why"]
     assert RunFiles(tmp_path).script("cpt") == tmp_path / "launch" / "cpt.sbatch"
+
+
+def test_the_status_of_a_running_training_counts_its_own_steps(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    job = StageJob(name="rpo", script="rpo", command=("-c", "pass"), metrics="rpo/metrics.jsonl", total_steps=90)
+    write_specification(files, job, {})
+    (tmp_path / "rpo").mkdir()
+    (tmp_path / "rpo" / "metrics.jsonl").write_text('{"step": 30, "step_time_s": 2.0, "tokens_per_s": 10.0}\n')
+    planned = stage_status(files, "rpo", "7", ("RUNNING", "None"))
+    assert (planned.total_steps, planned.eta_s, planned.reason) == (90, 120.0, "")
+    write_json(tmp_path / "rpo" / "progress.json", {"total_steps": 75})  # what the pairs came to
+    counted = stage_status(files, "rpo", "7", ("RUNNING", "None"))
+    assert (counted.total_steps, counted.eta_s) == (75, 90.0)
+    assert status_report([counted]).splitlines()[1].split() == ["rpo", "7", "running", "30/75", "10", "0:01:30", "0"]
