@@ -4,6 +4,7 @@
 #   tools/local_slurm.sh crash DIR NODE          kill a node with everything on it, as a power cut does
 #   tools/local_slurm.sh boot DIR NODE           start that node again
 #   tools/local_slurm.sh down DIR                stop everything
+#   tools/local_slurm.sh check                   say what it lacks here, if anything
 # Every node is a slurmd in its own host-name, mount and process namespace, with its own 127.0.0.x address.
 # The GPUs are plain files: Slurm counts and hands them out, nothing can compute on them.
 # Environment: LOCAL_SLURM_OWNER=PID  stop everything once that process is gone, however it ended
@@ -79,6 +80,18 @@ boot_node() {
     echo $! >"$dir/$node.namespace.pid"
 }
 
+check() {
+    local lacking=""
+    if [[ $(id -u) != 0 ]]; then
+        lacking="root"
+    elif ! command -v slurmctld slurmd sbatch >/dev/null; then
+        lacking="Slurm (apt-get install slurm-wlm)"
+    elif ! unshare --uts --mount --pid --fork --mount-proc true 2>/dev/null; then
+        lacking="the right to make namespaces (a container without privileges?)"
+    fi
+    [[ -z $lacking ]] || { echo "$lacking"; return 1; }
+}
+
 owner_lives() {
     [[ -z ${LOCAL_SLURM_OWNER:-} ]] || kill -0 "$LOCAL_SLURM_OWNER" 2>/dev/null
 }
@@ -133,5 +146,6 @@ case "${1:-}" in
     crash) kill -KILL "$(cat "$2/$3.namespace.pid")" ;;
     boot) boot_node "$(realpath "$2")" "$3" ;;
     watch) watch_owner "$2" ;;
+    check) check ;;
     *) sed -n 's/^# \{0,1\}//p' "$0" | sed 1d >&2; exit 2 ;;
 esac

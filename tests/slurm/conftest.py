@@ -1,7 +1,6 @@
 """A Slurm of three nodes on this machine, shared by the tests of this folder."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +11,14 @@ from local_slurm import LOCAL_SLURM, PATIENCE_S, ROOT, LocalSlurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    lacking = None if shutil.which("slurmctld") and os.geteuid() == 0 else "slurmctld, and root to start it"
+    lacking = subprocess.run([str(LOCAL_SLURM), "check"], capture_output=True, text=True, check=False).stdout.strip()
     for item in items:
         if Path(item.path).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.slurm)
             item.add_marker(pytest.mark.xdist_group("slurm"))
             item.add_marker(pytest.mark.timeout(PATIENCE_S + 300))
             if lacking:
-                item.add_marker(pytest.mark.skip(reason=f"needs {lacking}: apt-get install slurm-wlm, make test-slurm"))
+                item.add_marker(pytest.mark.skip(reason=f"a local Slurm needs {lacking}; make test-slurm"))
 
 
 @pytest.fixture(scope="session")
