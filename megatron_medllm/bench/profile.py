@@ -8,15 +8,21 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# Part of a kernel's name -> kind; the first that fits counts. cuBLAS names its Hopper kernels nvjet.
+# Part of a kernel's (on a CPU: an operator's) name -> kind; the first that fits counts. cuBLAS names its Hopper kernels
+# nvjet.
 _KINDS = (
     ("nccl", "communication"),
+    ("gloo", "communication"),
+    ("c10d", "communication"),
     ("flash", "attention"),
     ("fmha", "attention"),
     ("nvjet", "matrix products"),
     ("gemm", "matrix products"),
     ("cutlass", "matrix products"),
     ("xmma", "matrix products"),
+    ("::mm", "matrix products"),
+    ("::addmm", "matrix products"),
+    ("::bmm", "matrix products"),
     ("memcpy", "copies and fills"),
     ("memset", "copies and fills"),
 )

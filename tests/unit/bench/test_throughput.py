@@ -77,6 +77,19 @@ def test_a_tiny_model_is_measured_on_random_data(tmp_path: Path) -> None:
     assert "+100.0 %" in text and "| world_size | 1 | 7 | |" in text
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+def test_a_profile_is_one_step_more_and_names_what_the_time_went_to(tmp_path: Path) -> None:
+    settings = BenchSettings(
+        output=tmp_path, warmup_steps=0, steps=1, synthetic=SyntheticData(document_length=20), profile=True
+    )
+    found = json.loads(measure(recipe(tmp_path), settings).read_text())
+    assert found["steps"] == 1
+    lines = (tmp_path / "profile.md").read_text().splitlines()
+    kinds = [line.split(" | ")[0].removeprefix("| ") for line in lines[2 : lines.index("")]]
+    assert {"matrix products", "attention", "element-wise and reductions"} <= set(kinds)
+    assert any(line.startswith("| aten::mm |") for line in lines)
+
+
 def test_work_of_shared_prompts_and_padding() -> None:
     labels = np.array([IGNORED, IGNORED, 5, 6, 7, IGNORED, IGNORED])
     segments = (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 5, 0, 2), Segment(5, 7))
