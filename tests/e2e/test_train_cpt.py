@@ -48,7 +48,7 @@ def test_micro_batches_do_not_change_the_loss(tiny_world, tmp_path, reference):
         assert relative_difference(metrics(reference), metrics(tmp_path / str(size) / "cpt")) < 1e-6
         assert relative_difference(
             metrics(reference, "grad_norm"), metrics(tmp_path / str(size) / "cpt", "grad_norm")
-        ) < 1e-5  # fmt: skip
+        ) < 3e-6  # fmt: skip
 
 
 TWO_RANKS = {
@@ -68,7 +68,7 @@ def test_layouts_give_the_same_losses(tiny_world, tmp_path, reference, ranks, la
         for name, layout in layouts.items()
     ]
     run_ranks(ranks, "tests.dist.train_ranks", *map(str, recipes), timeout_s=300, runtimes=len(recipes))
-    for key, limit in {"loss": 2e-6, "grad_norm": 5e-6}.items():
+    for key, limit in {"loss": 1e-6, "grad_norm": 3e-6}.items():
         expected = metrics(reference, key)
         worst = {name: relative_difference(expected, metrics(tmp_path / name / "cpt", key)) for name in layouts}
         assert max(worst.values()) < limit, (key, worst)
@@ -82,7 +82,7 @@ def test_resumes_in_other_layouts_skip_and_repeat_nothing(tiny_world, tmp_path, 
         recipe = write_recipe(settings, tmp_path / "recipe.yaml")
         status, output = run_until(recipe, tmp_path / "cpt", last)
         assert status == (0 if last == 6 else REQUEUE_EXIT_CODE), output
-    assert relative_difference(metrics(reference), metrics(tmp_path / "cpt")) < 2e-6
+    assert relative_difference(metrics(reference), metrics(tmp_path / "cpt")) < 1e-6
     assert (tmp_path / "cpt" / "ledger.jsonl").read_bytes() == (reference / "ledger.jsonl").read_bytes()
 
 
