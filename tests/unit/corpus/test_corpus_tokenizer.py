@@ -3,6 +3,10 @@
 import base64
 import io
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from megatron_medllm.corpus import tokenizer as room
 from megatron_medllm.corpus.index import read_index
 from megatron_medllm.corpus.inspect import inspect
 from megatron_medllm.corpus.tokenizer import Encoders, choose_backend, describe_tokenizer, load_encoder
+from megatron_medllm.corpus.worker import Job, encode_fast, start_worker
 from megatron_medllm.errors import UserError
 
 PATTERN = r"\p{L}+|\p{N}{1,3}|[^\p{L}\p{N}]+"
@@ -135,3 +140,13 @@ def test_what_is_no_tokenizer(tmp_path, name, message):
 def test_end_of_document_id_must_exist(build_one):
     with pytest.raises(UserError, match="eod_id 99999 is not below"):
         build_one(["x"], eod_id=99999)
+
+
+def test_a_worker_keeps_fastokens_to_one_thread(tmp_path, configure, tokenizer_dir):
+    config = configure({"s": {"paths": "unused"}})
+    job = Job(config, describe_tokenizer(str(tokenizer_dir)), tmp_path, tmp_path, False, os.getpid())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker, (job,)) as pool:
+        pool.submit(encode_fast, SENTENCES * 1000).result()
+        worker = next(iter(pool._processes))
+        threads = [path.read_text() for path in Path(f"/proc/{worker}/task").glob("*/comm")]
+    assert threads and not [name for name in threads if name.startswith("fastokens")]
