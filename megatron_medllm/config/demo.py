@@ -12,18 +12,18 @@ class DemoConfig(Section):
     diseases: int = Field(
         default=24, ge=8, description="invented diseases; even, because they come in look-alike pairs"
     )
-    known_diseases: int = Field(default=8, ge=0, description="of these, how many the base corpus already describes")
+    known_diseases: int = Field(default=12, ge=0, description="of these, how many the base corpus already describes")
     towns: int = Field(default=12, ge=8, description="invented towns: the general domain that teaches the exam's form")
     base_documents: int = Field(default=40000, gt=0, description="documents in base.jsonl")
-    medical_documents: int = Field(default=30000, gt=0, description="documents in medical.jsonl")
+    medical_documents: int = Field(default=36000, gt=0, description="documents in medical.jsonl")
     rehearsal_share: float = Field(default=0.1, ge=0, le=1, description="share of town documents in medical.jsonl")
     question_share: float = Field(
-        default=0.65, ge=0, le=1, description="share of documents that are a question and its key"
+        default=0.5, ge=0, le=1, description="share of documents that are a question and its key"
     )
     explained_share: float = Field(
-        default=0.25, ge=0, le=1, description="share that are a question, an explanation, a key"
+        default=0.4, ge=0, le=1, description="share that are a question, an explanation, a key"
     )
-    careless_share: float = Field(default=0.75, ge=0, le=1, description="share of explanations by careless writers")
+    careless_share: float = Field(default=0.6, ge=0, le=1, description="share of explanations by careless writers")
     confused_share: float = Field(
         default=0.4, ge=0, le=1, description="share of facts that careless writers mix up with the look-alike's"
     )

@@ -1,6 +1,6 @@
 """The miniature world: corpora, exam, gold explanations and tokenizer, all invented, written from one seed.
 
-What it models: a base corpus that knows the form of exams but few of the diseases; a medical corpus that describes
+What it models: a base corpus that knows the form of exams but half of the diseases; a medical corpus that describes
 them all, whose explained questions are mostly by careless writers; an exam that asks known facts in option sets never
 seen. Every name is made up, and every directory says so.
 """

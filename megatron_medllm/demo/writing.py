@@ -30,6 +30,7 @@ class Question:
     text: str
     choices: tuple[str, ...]
     answer: tuple[str, ...]
+    labels: tuple[str, ...]
 
     @property
     def identity(self) -> tuple[str, str, frozenset[str]]:
@@ -38,12 +39,16 @@ class Question:
 
     def prompt(self, marker: str) -> str:
         """The question block, ending in the marker after which the model writes."""
-        options = "".join(f"\n{letter}.{choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        options = "".join(f"\n{label}.{choice}" for label, choice in zip(self.labels, self.choices, strict=True))
         return f"問題:{self.text}{options}{marker}"
 
 
 def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_answer_share: float) -> Question:
-    """A question on `fact`; its wrong options hold the look-alike's value and others of the same role."""
+    """A question on `fact`; its wrong options hold the look-alike's value and others of the same role.
+
+    Fewer than five options carry letters drawn from all five: were they always the first, a model would practise the
+    last ones least, and mix them up long after it knows the facts.
+    """
     two = len(fact.values) == 2 and options == 5 and rng.random() < two_answer_share
     count = 2 if two else 1
     right = rng.sample(fact.values, count)
@@ -56,9 +61,10 @@ def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_ans
     rest = [rng.choice(other.values) for other in rng.sample(others, options - 2 * count)]
     choices = [*right, *lookalike, *rest]
     rng.shuffle(choices)
-    answer = tuple(letter for letter, choice in zip(LETTERS, choices, strict=False) if choice in right)
+    labels = tuple(sorted(rng.sample(LETTERS, options)))
+    answer = tuple(label for label, choice in zip(labels, choices, strict=True) if choice in right)
     stem = rng.choice(STEMS).format(entity=fact.entity, role=fact.role) + ("2つ選べ。" if two else "")
-    return Question(fact=fact, text=stem, choices=tuple(choices), answer=answer)
+    return Question(fact=fact, text=stem, choices=tuple(choices), answer=answer, labels=labels)
 
 
 def state(rng: random.Random, fact: Fact) -> str:
@@ -71,7 +77,9 @@ def explain(question: Question, *, careful: bool) -> str:
     """An explanation that recalls the fact, names the option that holds it, and ends with the answer it leads to."""
     fact = question.fact
     values = fact.values if careful else fact.careless_values
-    recalled = [(choice, label) for label, choice in zip(LETTERS, question.choices, strict=False) if choice in values]
+    recalled = [
+        (choice, label) for label, choice in zip(question.labels, question.choices, strict=True) if choice in values
+    ]
     cited = "と".join(choice + label for choice, label in recalled)
     answer = ",".join(label for _, label in recalled)
     if careful:

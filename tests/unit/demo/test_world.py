@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_gold_explanations_lead_to_the_key_and_careless_ones_sometimes_do_not(ma
             assert is_wrong == fact.confused
             wrong, total = wrong + is_wrong, total + 1
     assert total > 50 and 0.2 < wrong / total < 0.6
+
+
+def test_short_questions_carry_every_letter_as_often(made):
+    options, keys = Counter(), Counter()
+    for row in read(made / "base.jsonl"):
+        letters = re.findall(r"\n([a-e])\.", row["text"])
+        if row["kind"] == "question" and len(letters) < 5:
+            assert letters == sorted(set(letters)) and len(letters) in (2, 3)
+            (key,) = row["text"].split("\n答え:")[1]
+            assert key in letters
+            options.update(letters)
+            keys.update(key)
+    for counts in (options, keys):
+        assert sum(counts.values()) > 100
+        assert all(0.05 < counts[letter] / sum(counts.values()) < 0.35 for letter in "abcde")
 
 
 def test_markers_letters_and_names_are_single_tokens(made):
