@@ -56,7 +56,7 @@ def test_again_it_skips_everything(finished):
 def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(finished):
     path, run_dir, _ = finished
     before = stages(run_dir)
-    status, output = run_medllm("pipeline", path, "rpo.optimizer.lr=3e-4")
+    status, output = run_medllm("pipeline", path, "rpo.optimizer.lr=1e-4")
     assert status == 0, output
     after = stages(run_dir)
     assert {name for name in after if after[name] != before[name]} == {"rpo", "eval-rpo", "export", "report"}

@@ -31,7 +31,7 @@ def relative_difference(a, b):
 
 def test_the_loss_falls_and_everything_is_written(reference):
     losses = metrics(reference)
-    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
     assert all(value > 0 for value in metrics(reference, "tokens_per_s"))
     assert len(metrics(reference, "validation_loss")) == 1
     assert (reference / "hf" / "model.safetensors").is_file()

@@ -29,7 +29,7 @@ def test_pretraining_learns_resumes_and_exports(tiny_world: Path, tmp_path: Path
     recipe = write_recipe(cpt_settings(tiny_world, tmp_path, model=BF16), tmp_path / "recipe.yaml")
     train(recipe)
     losses = metrics(tmp_path / "cpt")
-    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
     for row in (tmp_path / "cpt" / "metrics.jsonl").read_text().splitlines():
         assert json.loads(row).get("peak_memory_bytes", 1) > 0
     shutil.rmtree(tmp_path / "cpt" / "checkpoints" / "step-00000006")
