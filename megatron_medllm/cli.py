@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from megatron_medllm.bench.commands import bench_app
+from megatron_medllm.command_line import Config, Overrides, console, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 app = typer.Typer(
@@ -43,21 +44,6 @@ app.add_typer(corpus_app, name="corpus")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
-console = Console()
-
-Config = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides", show_default=False)]
-
-
-def _load(config: Path, overrides: list[str] | None) -> Any:
-    from megatron_medllm.config.run import load
-
-    return load(config, overrides or [])
-
-
-def _print_markdown(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
 
 @app.callback()
 def _options(
@@ -78,7 +64,7 @@ def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Run the whole recipe; a second run skips what is done."""
     from megatron_medllm.pipeline import run_pipeline
 
-    raise typer.Exit(run_pipeline(_load(config, overrides), console=console))
+    raise typer.Exit(run_pipeline(load_recipe(config, overrides), console=console))
 
 
 @app.command()
@@ -86,7 +72,7 @@ def demo(config: Config, overrides: Overrides = None) -> None:
     """Invent the miniature world: corpora, exam, gold explanations, tokenizer."""
     from megatron_medllm.demo.world import generate
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     if run.demo is None:
         raise UserError(f"{config}: no section 'demo'")
     console.print_json(data=generate(run.demo, run.run_dir / "world"))
@@ -103,7 +89,7 @@ def corpus_build(
     """Read, clean, deduplicate, decontaminate, tokenize and index the recipe's corpora."""
     from megatron_medllm.corpus.build import build
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     if only is not None and only not in run.corpora:
         raise UserError(f"{config}: no corpus {only!r} in corpora (there are: {', '.join(run.corpora) or 'none'})")
     for name, section in run.corpora.items():
@@ -126,7 +112,7 @@ def train(
         raise UserError(f"--resume {resume}: expected auto or never")
     from megatron_medllm.train.local_ranks import start_ranks_if_needed
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     start_ranks_if_needed(run.layout)
     from megatron_medllm.train.loop import train as train_stage
 
@@ -138,7 +124,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     """Compute the reference log-probabilities of the recipe's preference pairs, once."""
     from megatron_medllm.train.local_ranks import start_ranks_if_needed
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     start_ranks_if_needed(run.layout)
     from megatron_medllm.train.scoring import score as score_pairs
 
@@ -150,7 +136,7 @@ def pairs(config: Config, overrides: Overrides = None) -> None:
     """Sample explanations, judge them by the key, and build preference pairs."""
     from megatron_medllm.preference.pairs import build_pairs
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     if run.pairs is None or run.model.path is None:
         raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
     manifest = build_pairs(run.pairs, run.model.path, run.output or run.run_dir / "pairs")
@@ -162,12 +148,12 @@ def eval_run(config: Config, overrides: Overrides = None) -> None:
     """Examine model.path in the recipe's modes. Exit status 1: a requirement is not met."""
     from megatron_medllm.evaluation.run import run_exam
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     if run.eval is None or run.model.path is None:
         raise UserError(f"{config}: medllm eval needs the section 'eval' and model.path")
     output = run.output or run.run_dir / "eval"
     summary = run_exam(run.eval, run.model.path, output)
-    _print_markdown((output / "report.md").read_text())
+    print_text((output / "report.md").read_text())
     raise typer.Exit(0 if all(r["met"] for r in summary["requirements"]) else 1)
 
 
@@ -179,7 +165,7 @@ def eval_compare(
     """Put evaluations beside each other, with paired intervals for their differences."""
     from megatron_medllm.evaluation.compare import compare, compare_markdown
 
-    _print_markdown(compare_markdown(compare(directories, published=published)))
+    print_text(compare_markdown(compare(directories, published=published)))
 
 
 @eval_app.command("score")
@@ -200,7 +186,7 @@ def eval_score(
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
-    _print_markdown(score_markdown(result))
+    print_text(score_markdown(result))
 
 
 @app.command("import")
@@ -269,7 +255,7 @@ def verify(
 
     found = compare(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
     for line in found.lines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_text(line)
     raise typer.Exit(0 if found.agree else 1)
 
 
@@ -304,22 +290,22 @@ def plan(
     from megatron_medllm.planner.scale import doublings, scaling_curve
     from megatron_medllm.planner.search import search as search_layouts
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     workload = workload_of(run)
     hardware = hardware or (run.cluster.hardware if run.cluster else "h100-sxm")
     if search:
         report = search_report(search_layouts(workload, hardware))
-        console.print(report, markup=False, highlight=False, soft_wrap=True)
+        print_text(report)
         return
     if scale is not None:
         curve = scaling_curve(workload, hardware, gpus=doublings(workload, largest=scale))
-        console.print(scale_report(curve), markup=False, highlight=False, soft_wrap=True)
+        print_text(scale_report(curve))
         return
     found = make_plan(workload, hardware)
     if as_json:
         console.print_json(data=plan_values(found))
         return
-    console.print(plan_report(found), markup=False, highlight=False, soft_wrap=True)
+    print_text(plan_report(found))
 
 
 @app.command()
@@ -336,12 +322,12 @@ def submit(
     """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
     from megatron_medllm.recipe import submit_bench, submit_recipe
 
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     if bench is not None:
         printed = submit_bench(run, bench, dry_run=dry_run, force=force)
     else:
         printed = submit_recipe(run, stages=stages.split(",") if stages else None, dry_run=dry_run, force=force)
-    console.print(printed, markup=False, highlight=False, soft_wrap=True)
+    print_text(printed)
 
 
 @app.command()
@@ -349,7 +335,7 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     """Show stage, step, rate, time left and restarts of a submitted run."""
     from megatron_medllm.launch.status import run_status, status_report
 
-    console.print(status_report(run_status(run_dir)), markup=False, highlight=False, soft_wrap=True)
+    print_text(status_report(run_status(run_dir)))
 
 
 @app.command()

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from megatron_medllm.command_line import Config, Overrides, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Throughput that can be checked and compared.")
-console = Console()
 
-Config = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides", show_default=False)]
 Steps = Annotated[int, typer.Option(min=1, help="steps of the measured window")]
 WarmupSteps = Annotated[int, typer.Option(min=0, help="steps before it")]
 Synthetic = Annotated[bool, typer.Option("--synthetic", help="random data and weights instead of the recipe's")]
@@ -40,7 +37,7 @@ def throughput(
     output: Output = None,
 ) -> None:
     """Measure `stage` as training runs it: tokens/s/GPU, pairs/s, FLOP/s, memory, shares of the step."""
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     _start_ranks(run)
     from megatron_medllm.bench.throughput import measure
 
@@ -63,7 +60,7 @@ def scoring(
     output: Output = None,
 ) -> None:
     """Measure `medllm score`: tokens/s and pairs/s of the reference, rpo.global_batch_size pairs a step."""
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     _start_ranks(run)
     from megatron_medllm.bench.scoring import measure_scoring
 
@@ -84,7 +81,7 @@ def generation(
     output: Output = None,
 ) -> None:
     """Measure the engine that samples: samples/s and new tokens/s, engine.batch_size requests a step."""
-    run = _load(config, overrides)
+    run = load_recipe(config, overrides)
     from megatron_medllm.bench.generation import measure_generation
 
     lengths = {"prompt_length": prompt_length, "response_length": response_length}
@@ -100,7 +97,7 @@ def compare(
     """Put two measurements beside each other, and what differs in their settings."""
     from megatron_medllm.bench.report import compare_report
 
-    _print(compare_report(first, second))
+    print_text(compare_report(first, second))
 
 
 @bench_app.command("sweep")
@@ -123,16 +120,10 @@ def sweep(
         raise UserError("medllm bench sweep needs --over key=value,value")
     if what not in ("throughput", "scoring", "generation"):
         raise UserError(f"--what {what}: expected throughput, scoring or generation")
-    folder = output or _load(config, overrides).run_dir / "bench"
+    folder = output or load_recipe(config, overrides).run_dir / "bench"
     options = ["--steps", str(steps), "--prompt-length", str(prompt_length), "--response-length", str(response_length)]
     options += ["--synthetic"] if synthetic else []
-    _print(sweep_report(sweep_settings(config, overrides or [], over, folder, what=what, options=options)))
-
-
-def _load(config: Path, overrides: list[str] | None) -> Any:
-    from megatron_medllm.config.run import load
-
-    return load(config, overrides or [])
+    print_text(sweep_report(sweep_settings(config, overrides or [], over, folder, what=what, options=options)))
 
 
 def _start_ranks(run: Any) -> None:
@@ -167,8 +158,4 @@ def _settings(
 def _show(result: Path) -> None:
     """Print the table of a result, on the main rank."""
     if os.environ.get("RANK", "0") == "0":
-        _print(result.with_suffix(".md").read_text().rstrip())
-
-
-def _print(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_text(result.with_suffix(".md").read_text().rstrip())

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,6 @@ def environment_facts(device: torch.device) -> dict[str, Any]:
         "git_revision": _git("rev-parse", "HEAD"),
         "git_changed_files": len(_git("status", "--porcelain").splitlines()),
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak bytes of this process: allocated on the GPU, else resident in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_medllm.bench.environment import environment_facts, peak_memory_bytes
+from megatron_medllm.bench.environment import environment_facts
 from megatron_medllm.bench.profile import profile_report, profile_step
 from megatron_medllm.bench.report import throughput_report
 from megatron_medllm.bench.synthetic import SyntheticData
@@ -22,7 +22,7 @@ from megatron_medllm.planner.flops import model_flops_per_token, packed_flops
 from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.workload import Workload
 from megatron_medllm.storage import atomic_write, write_json
-from megatron_medllm.train.throughput import known_hardware, peak_flops
+from megatron_medllm.train.throughput import known_hardware, peak_flops, peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,6 @@ def _scorer(
     pairs, size = load_run_pairs(run, config).pairs, config.global_batch_size
     require_steps(len(pairs) // size, settings)
     chunks = build_reference(run, config, ranks)
-    capacity = config.micro_batch_size * config.sequence_length
     workload = workload_of(run)
 
     def step(index: int) -> Measured:
@@ -62,7 +61,7 @@ def _scorer(
         with clock.part("data"):
             streams = pack_batch(batch, run, config, ranks)
         with clock.part("forward"):
-            score_streams(streams, [pair.row for pair in batch], run, ranks, chunks, capacity=capacity)
+            score_streams(streams, [pair.row for pair in batch], run, config, ranks, chunks)
         seconds = clock.seconds()
         work = total_work([local_work(stream, unit="pairs") for stream in streams], ranks)
         return Measured(

@@ -76,13 +76,12 @@ def _documents(
 def _pairs(
     run: RunConfig, section: RpoConfig, directory: Path, lengths: SyntheticData, *, steps: int, ranks: Runtime
 ) -> dict[str, object]:
-    capacity = section.micro_batch_size * section.sequence_length
     prompts = 1 if shares_prompt(run, section) else 2
     longest = (3 * (prompts * lengths.prompt_length + 2 * lengths.response_length)) // 2 + 2
-    if longest > capacity:
+    if longest > section.stream_length:
         raise UserError(
             f"synthetic pairs take up to {longest} tokens, but rpo.micro_batch_size x rpo.sequence_length is "
-            f"{capacity}: lower --prompt-length or --response-length"
+            f"{section.stream_length}: lower --prompt-length or --response-length"
         )
     if ranks.is_main:
         vocab_size = run.model.resolve_shape().vocab_size

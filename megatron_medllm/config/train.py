@@ -95,6 +95,11 @@ class TrainConfig(Section):
         return self
 
     @property
+    def stream_length(self) -> int:
+        """Tokens of a micro-batch: its rows lie behind one another in one stream."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
     def fp8_gemms(self) -> Fp8Recipe | None:
         """The recipe of full training in FP8, None without."""
         return None if self.fp8 == "none" else self.fp8_recipe

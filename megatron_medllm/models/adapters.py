@@ -167,7 +167,8 @@ class AdaptedLinear(nn.Module):
         shape[axis] *= ranks
         shape[0] *= self.context.size
         keep = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
-        keep = torch.cat([keep[start:end] for start, end in self.context.chunks(len(keep))])
+        if self.context.size > 1:
+            keep = torch.cat([keep[start:end] for start, end in self.context.chunks(len(keep))])
         mine = keep.chunk(ranks, axis)[self.tp_group.rank() if ranks > 1 else 0]
         return x * mine / (1 - self.dropout)
 

@@ -42,7 +42,9 @@ class ContextSplit:
         return tuple((i * chunk, (i + 1) * chunk) for i in (self.rank, 2 * self.size - 1 - self.rank))
 
     def take(self, whole: np.ndarray) -> np.ndarray:
-        """This rank's part [t/cp, ...] of an array [t, ...]."""
+        """This rank's part [t/cp, ...] of an array [t, ...]; the array itself where that is all of it."""
+        if self.size == 1:
+            return whole
         return np.concatenate([whole[start:end] for start, end in self.chunks(len(whole))])
 
 

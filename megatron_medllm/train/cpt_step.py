@@ -66,7 +66,7 @@ class CptStep:
 
     @property
     def stream_length(self) -> int:
-        return self._config.micro_batch_size * self._config.sequence_length
+        return self._config.stream_length
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         return self._assemble(self._rows, self._starts[step], self._batch_sizes[step])

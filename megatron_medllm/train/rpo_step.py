@@ -22,13 +22,7 @@ from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.scoring import (
-    load_run_pairs,
-    pack_batch,
-    quantized_base,
-    reference_key,
-    shares_prompt,
-)
+from megatron_medllm.train.scoring import load_run_pairs, pack_batch, quantized_base, reference_key, shares_prompt
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +55,7 @@ class RpoStep:
 
     def __init__(self, run: RunConfig, config: RpoConfig, runtime: Runtime) -> None:
         self._run, self._config, self._runtime = run, config, runtime
-        self._backend, self._dtype = run.model.backend, run.model.dtype
         self._share_prompt = shares_prompt(run, config)
-        self._seed = run.seed
         self._quantized = quantized_base(config) is not None or config.fp8_gemms is not None
         pair_set = load_run_pairs(run, config)
         if runtime.is_main:
@@ -79,13 +71,13 @@ class RpoStep:
 
     @property
     def stream_length(self) -> int:
-        return self._config.micro_batch_size * self._config.sequence_length
+        return self._config.stream_length
 
     def _batch(self, step: int) -> list[Pair]:
         size, total = self._config.global_batch_size, len(self._rows)
         order: list[int] = []
         for epoch in range(step * size // total, ((step + 1) * size - 1) // total + 1):
-            order += [self._rows[i] for i in np.random.default_rng([self._seed, epoch]).permutation(total)]
+            order += [self._rows[i] for i in np.random.default_rng([self._run.seed, epoch]).permutation(total)]
         first = step * size % total
         return [self.pairs[row] for row in order[first : first + size]]
 
@@ -94,7 +86,9 @@ class RpoStep:
 
     def forward(self, iterator: Iterator[PairMicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(iterator)
-        inputs = micro_batch.model_inputs(self._runtime.device, backend=self._backend, split=self._runtime.split)
+        inputs = micro_batch.model_inputs(
+            self._runtime.device, backend=self._run.model.backend, split=self._runtime.split
+        )
         return chunk(**inputs), partial(self._loss, micro_batch)
 
     def _loss(self, micro_batch: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
@@ -176,7 +170,7 @@ class RpoStep:
 
     def _check_start(self, metrics: dict[str, float]) -> None:
         """Before the first update the policy is the reference: any margin means that one of them is wrong."""
-        per_token = _ZERO_MARGIN_FP8 if self._quantized else _ZERO_MARGIN[self._dtype]
+        per_token = _ZERO_MARGIN_FP8 if self._quantized else _ZERO_MARGIN[self._run.model.dtype]
         tolerance = per_token * (metrics["chosen_tokens"] + metrics["rejected_tokens"])
         if metrics["abs_margin"] > tolerance:
             raise UserError(

@@ -44,10 +44,9 @@ def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
         UserError: as `load_pairs`, a token lies outside the model's vocabulary, or the layout cannot share streams
             out evenly.
     """
-    capacity = config.micro_batch_size * config.sequence_length
-    run.layout.check_stream(capacity)
+    run.layout.check_stream(config.stream_length)
     share = shares_prompt(run, config)
-    pair_set = load_pairs(config, run.tokenizer_dir(), cut_length=capacity, share_prompt=share)
+    pair_set = load_pairs(config, run.tokenizer_dir(), cut_length=config.stream_length, share_prompt=share)
     vocab_size = run.model.resolve_shape().vocab_size
     for pair in pair_set.pairs:
         largest = max(int(ids.max()) for ids in (pair.prompt, pair.chosen.ids, pair.rejected.ids))
@@ -67,10 +66,8 @@ def quantized_base(config: RpoConfig) -> AdapterConfig | None:
 def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
     """What the reference log-probabilities of this run depend on. With LoRA the base is the reference."""
     adapter = quantized_base(config)
-    model = run.model
-    drawn = ["random", run.seed, model.init_std, model.resolve_shape().model_dump()]
     return ReferenceKey(
-        weights=digest_value(drawn) if model.path is None else digest_weights(model.path),
+        weights=digest_random_weights(run) if run.model.path is None else digest_weights(run.model.path),
         pairs=digest_pairs(pair_set),
         template=config.template,
         tokenizer=digest_file(run.tokenizer_file()),
@@ -85,18 +82,22 @@ def digest_weights(hf_dir: Path) -> str:
     return digest_value({path.name: digest_file(path) for path in files})
 
 
+def digest_random_weights(run: RunConfig) -> str:
+    """Digest of what random weights are drawn from."""
+    return digest_value(["random", run.seed, run.model.init_std, run.model.resolve_shape().model_dump()])
+
+
 def pack_batch(pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> list[PairMicroBatch]:
     """This replica's share of some pairs, as streams of at most `micro_batch_size` x `sequence_length` tokens."""
     layout, share = ranks.layout, shares_prompt(run, config)
-    capacity = config.micro_batch_size * config.sequence_length
     plan = plan_micro_batches(
         [pair.packed_length(share_prompt=share) for pair in pairs],
-        capacity=capacity,
+        capacity=config.stream_length,
         replicas=ranks.dp_size,
         rounds_multiple=layout.pp if layout.vpp > 1 else 1,
     )
     # A pipeline exchanges tensors of one fixed shape; without one, padding would be wasted work.
-    fixed = capacity if layout.pp > 1 else None
+    fixed = config.stream_length if layout.pp > 1 else None
     multiple = _rows_multiple(run, config) * math.lcm(layout.tp, layout.stream_multiple)
     return [
         pack_pairs([pairs[i] for i in stream], share_prompt=share, stream_length=fixed, multiple=multiple)
@@ -133,12 +134,11 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
         done = [cache.open_for_writing(reference_key(run, config, pair_set))]
     dist.broadcast_object_list(done, src=0)
     parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
-    capacity = config.micro_batch_size * config.sequence_length
     with progress("score", total=len(pair_set.pairs)) as bar:
         for number, part in enumerate(parts):
             if any(pair.row not in done[0] for pair in part):
                 streams = pack_batch(part, run, config, ranks)
-                columns = score_streams(streams, [pair.row for pair in part], run, ranks, chunks, capacity=capacity)
+                columns = score_streams(streams, [pair.row for pair in part], run, config, ranks, chunks)
                 if ranks.is_main:
                     cache.write_part(number, columns)
             bar.update(min((number + 1) * _PAIRS_PER_PART, len(pair_set.pairs)))
@@ -160,10 +160,9 @@ def score_streams(
     streams: list[PairMicroBatch],
     rows: list[int],
     run: RunConfig,
+    config: RpoConfig,
     ranks: runtime.Runtime,
     chunks: list[nn.Module],
-    *,
-    capacity: int,
 ) -> dict[str, np.ndarray]:
     """Log-probabilities and lengths of the pairs `rows`, gathered from all replicas; `streams` are this one's share."""
 
@@ -172,7 +171,7 @@ def score_streams(
         output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend, split=ranks.split))
         return output, partial(_collect, stream, ranks)
 
-    found = mcore.run_micro_batches(forward, chunks, streams, stream_length=capacity, forward_only=True)
+    found = mcore.run_micro_batches(forward, chunks, streams, stream_length=config.stream_length, forward_only=True)
     scored = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
     gathered: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(gathered, scored)

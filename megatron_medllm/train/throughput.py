@@ -73,13 +73,15 @@ class Throughput:
                 if self._peak_flops
                 else {}
             ),
-            "peak_memory_bytes": self._peak_memory_bytes(),
+            "peak_memory_bytes": float(peak_memory_bytes(self._device)),
         }
 
-    def _peak_memory_bytes(self) -> float:
-        if self._device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated(self._device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes of this process: allocated on the GPU, else resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def known_hardware(device: torch.device) -> str | None:

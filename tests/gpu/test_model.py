@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
@@ -13,6 +12,7 @@ from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.context import ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from tests.unit.kernels.head_cases import relative_error
 from tests.unit.models.tiny import documents, positions_of
 
 pytestmark = [
@@ -31,10 +31,6 @@ SHAPE = ModelShape(
 )
 
 
-def rms(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
     packed = PackedSequences.from_segments(SEGMENTS, positions_of(SEGMENTS).cuda(), backend="torch")
@@ -49,7 +45,7 @@ def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
         out.backward(upstream.to(dtype))
         results.append((out, *(leaf.grad for leaf in leaves)))
     for found, expected in zip(*results, strict=True):
-        assert rms(found, expected) < 0.01
+        assert relative_error(found, expected) < 0.01
     assert not results[0][2][300:420].any() and not results[0][3][300:420].any()
 
 
@@ -75,7 +71,7 @@ def test_flash_attention_of_a_context_rank_is_that_of_the_whole_stream(rank: int
         out.backward(upstream[rows].to(dtype))
         results.append((out if len(out) < 424 else out[own], leaves[0].grad[own], leaves[1].grad))
     for found, expected in zip(*results, strict=True):
-        assert rms(found, expected) < 0.01
+        assert relative_error(found, expected) < 0.01
 
 
 def test_bf16_and_fp8_models_are_near_the_fp32_one():
@@ -107,7 +103,7 @@ def test_bf16_and_fp8_models_are_near_the_fp32_one():
             found[name] = (logprobs.detach(), gradient)
         for name, limit in (("bf16", (0.01, 0.03)), ("fp8", (0.06, 0.25))):
             for value, expected, most in zip(found[name], found["fp32"], limit, strict=True):
-                assert 0 < rms(value, expected) < most, name
+                assert 0 < relative_error(value, expected) < most, name
     finally:
         runtime.stop()
 

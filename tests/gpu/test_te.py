@@ -10,6 +10,7 @@ from megatron_medllm.models.initialize import initialize_weights
 from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences
+from tests.unit.kernels.head_cases import relative_error
 from tests.unit.models.tiny import documents, positions_of
 
 pytestmark = [
@@ -25,10 +26,6 @@ SHAPE = ModelShape(
     vocab_size=512,
     tie_embeddings=True,
 )
-
-
-def rms(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def run(backend: str, device: torch.device, *, fp8: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,11 +56,11 @@ def test_te_gives_the_torch_backends_numbers() -> None:
     try:
         expected, expected_gradients = run("torch", here.device)
         found, gradients = run("te", here.device)
-        assert rms(found, expected) < 0.01
+        assert relative_error(found, expected) < 0.01
         renamed = {canonical(name): gradient for name, gradient in gradients.items()}
         assert renamed.keys() == expected_gradients.keys()
         for name, gradient in renamed.items():
-            assert rms(gradient, expected_gradients[name]) < 0.05, name
+            assert relative_error(gradient, expected_gradients[name]) < 0.05, name
     finally:
         runtime.stop()
 
@@ -75,6 +72,6 @@ def test_te_in_fp8_is_near_bf16(recipe: str) -> None:
     try:
         expected, _ = run("te", here.device)
         found, _ = run("te", here.device, fp8=recipe)
-        assert 0 < rms(found, expected) < 0.1
+        assert 0 < relative_error(found, expected) < 0.1
     finally:
         runtime.stop()

@@ -56,5 +56,4 @@ def test_preference_training_starts_at_margin_zero(adapter: dict | None, tmp_pat
     status, output = run_medllm("score", recipe)
     assert status == 0, output
     train(recipe)  # asserts a margin of 0 and a loss of ln 2 before the first update
-    print(metrics(tmp_path / "rpo", "chosen_reward"))
     assert metrics(tmp_path / "rpo", "chosen_reward")[-1] > 0.05

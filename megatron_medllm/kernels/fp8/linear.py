@@ -80,7 +80,7 @@ def fp8_frozen_linear(
     y = _FrozenLinear.apply(
         flat, adapted, lora_a, lora_b, bias, weight, lora_scale, parallel, tp_group if split else None
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])  # not a view where none is needed: add to it
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])  # autograd lets a caller add to y, not to a view
 
 
 class _FrozenLinear(torch.autograd.Function):

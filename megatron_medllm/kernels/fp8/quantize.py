@@ -1,13 +1,12 @@
 """Casts into block-scaled FP8, alone or fused with the operation before them: Triton on CUDA, plain torch elsewhere."""
 
-import importlib.util
-from functools import lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_medllm.kernels.backend import triton_installed
 from megatron_medllm.kernels.fp8 import blocks
 from megatron_medllm.kernels.fp8.blocks import BLOCK, BlockScaled
 
@@ -107,10 +106,5 @@ def rmsnorm_quantize(
     return blocks.quantize_rows_torch(normed, power_of_two=power_of_two), inverse_rms
 
 
-@lru_cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _takes_triton(backend: Backend, x: Tensor) -> bool:
-    return backend == "triton" or (backend == "auto" and x.is_cuda and _triton_installed())
+    return backend == "triton" or (backend == "auto" and x.is_cuda and triton_installed())

@@ -19,7 +19,6 @@ in the weight's dtype, from one fp32-summed GEMM: it needs no fp32 copy of d wei
 T = tokens, H = hidden size, V = vocabulary rows on this rank, R = rows that are not ignored.
 """
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_medllm.errors import UserError
+from megatron_medllm.kernels.backend import triton_installed
 from megatron_medllm.kernels.logprob import rows_torch
 from megatron_medllm.kernels.logprob.products import add_product, operand_dtype, project_rows, tiles
 
@@ -373,10 +373,9 @@ def _row_backend(name: str, device_type: str) -> ModuleType:
     """The module with the row passes; says once which was chosen."""
     if name not in ("auto", "torch", "triton"):
         raise UserError(f"head backend {name!r}: expected auto, torch or triton")
-    installed = importlib.util.find_spec("triton") is not None
-    if name == "triton" and not installed:
+    if name == "triton" and not triton_installed():
         raise UserError("head backend 'triton': the triton package is not installed; use backend 'torch'")
-    if name == "triton" or (name == "auto" and device_type == "cuda" and installed):
+    if name == "triton" or (name == "auto" and device_type == "cuda" and triton_installed()):
         from megatron_medllm.kernels.logprob import rows_triton as rows
     else:
         rows = rows_torch

@@ -4,11 +4,11 @@ Written in torch it is six element-wise kernels over q and six over k, each read
 each. Both round once, from fp32, where the usual code multiplies by cosines already rounded to bf16.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_medllm.kernels.backend import triton_installed
 
 
 def rotation_angles(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    if x.is_cuda and importlib.util.find_spec("triton") is not None:
+    if x.is_cuda and triton_installed():
         from megatron_medllm.kernels.rope.rope_triton import rotated
     else:
         from megatron_medllm.kernels.rope.rope_torch import rotated
