@@ -241,8 +241,8 @@ def _write_items(
 
 def newest_checkpoint(directory: Path) -> Path:
     """`directory` itself, or the newest `step-*` in it when it is a training run's folder of checkpoints."""
-    steps = sorted(directory.glob("step-*"))
-    return steps[-1] if steps else directory
+    steps = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
+    return steps[max(steps)] if steps else directory
 
 
 def export_checkpoint(
@@ -288,7 +288,7 @@ def export_checkpoint(
         base = HFWeights(base_dir, shape)
         write = AdapterMerge(reader, base, shape, adapter).write
         dtype = dtype or DTYPES[base.place[first.hf[0]][1].dtype]
-    _check_files(ckpt_dir)
+    check_files(ckpt_dir)
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)
     identity = {
@@ -317,8 +317,12 @@ def _carried_dir(ckpt_dir: Path) -> Path:
     return carried
 
 
-def _check_files(ckpt_dir: Path) -> None:
-    """Training checkpoints record a digest per file: compare them first."""
+def check_files(ckpt_dir: Path) -> None:
+    """Training checkpoints record a digest per file: compare them first.
+
+    Raises:
+        UserError: a file is missing or is not as it was written.
+    """
     path = ckpt_dir / FILE_DIGESTS_NAME
     for name, digest in (read_json(path) if path.exists() else {}).items():
         if not (ckpt_dir / name).exists():
