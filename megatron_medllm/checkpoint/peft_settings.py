@@ -118,8 +118,8 @@ def read_settings(adapter_dir: Path) -> PeftSettings:
         raise UserError(f"{path}: {first_problem(error)}") from None
     if settings.init_lora_weights not in _PLAIN_STARTS:
         raise UserError(
-            f"{path}: init_lora_weights={settings.init_lora_weights!r} is not supported: PEFT may change the base model "
-            "when it loads such an adapter; convert it to plain LoRA with PEFT "
+            f"{path}: init_lora_weights={settings.init_lora_weights!r} is not supported: PEFT may change the base "
+            "model when it loads such an adapter; convert it to plain LoRA with PEFT "
             "(save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
     if isinstance(settings.layers_pattern, list | str) and settings.layers_pattern not in (

@@ -12,7 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError
 from yaml import YAMLError
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, first_problem
 from megatron_medllm.config.cluster import ClusterConfig
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.config.demo import DemoConfig
@@ -111,16 +111,14 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
 def _explain(error: ValidationError) -> str:
     """The first problem in one line, with the nearest known key where one is unknown."""
     first = error.errors()[0]
+    if first["type"] != "extra_forbidden":
+        return first_problem(error)
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(RunConfig, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"
-        return f"unknown key {where!r}{hint}{more}"
-    found = "" if isinstance(first["input"], dict | list) else f" (found {first['input']!r})"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}{found}{more}" if where else f"{message}{more}"
+    known = _fields_at(RunConfig, first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"
+    return f"unknown key {where!r}{hint}{more}"
 
 
 def _fields_at(model: Any, location: tuple[int | str, ...]) -> list[str]:
