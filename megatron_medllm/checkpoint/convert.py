@@ -40,7 +40,6 @@ from megatron_medllm.checkpoint.names import (
     model_weights,
     stacked_name,
 )
-from megatron_medllm.checkpoint.safetensors_file import DTYPES
 from megatron_medllm.checkpoint.torch_dist import (
     CARRIED_DIR,
     FILE_DIGESTS_NAME,
@@ -87,8 +86,7 @@ def import_hf(
     refuse_existing(ckpt_dir)
     shape = shape_from_hf_config(hf_dir)
     source = HFWeights(hf_dir, shape)
-    first = next(iter(model_weights(shape))).hf[0]
-    dtype = dtype or DTYPES[source.place[first][1].dtype]
+    dtype = dtype or source.own_dtype()
     plan = _ImportPlan(source, shape, dtype, ffn_hidden_size or shape.ffn_hidden_size, chunk_bytes)
     identity = {
         "job": "import",
@@ -287,7 +285,7 @@ def export_checkpoint(
             raise UserError(f"{ckpt_dir}: holds an adapter; name the HF directory of the base it was trained on")
         base = HFWeights(base_dir, shape)
         write = AdapterMerge(reader, base, shape, adapter).write
-        dtype = dtype or DTYPES[base.place[first.hf[0]][1].dtype]
+        dtype = dtype or base.own_dtype()
     check_files(ckpt_dir)
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)

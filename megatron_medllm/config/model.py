@@ -218,11 +218,11 @@ class _HFConfig(BaseModel):
             raise ValueError(f"RoPE type {kind!r} is not supported; train with the base model's default RoPE")
         if any(rope.partial_rotary_factor not in (None, 1.0) for rope in given):
             raise ValueError("partial_rotary_factor is not 1; Qwen2.5 rotates whole heads")
-        bases = {rope.rope_theta for rope in given} | {self.rope_theta}
-        bases.discard(None)
+        places = (self.rope_theta, *(rope.rope_theta for rope in given))
+        bases = sorted({float(base) for base in places if base is not None})
         if len(bases) > 1:
-            raise ValueError(f"rope_theta is given twice, as {' and '.join(str(b) for b in sorted(map(float, bases)))}")
-        return float(bases.pop()) if bases else 10_000.0
+            raise ValueError(f"rope_theta is given twice, as {' and '.join(map(str, bases))}")
+        return bases[0] if bases else 10_000.0
 
 
 def _rope(value: dict[str, Any]) -> _Rope:
