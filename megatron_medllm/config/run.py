@@ -7,10 +7,12 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.omegaconf import get_yaml_loader
 from pydantic import BaseModel, Field, ValidationError
-from yaml import YAMLError
+from yaml import ScalarNode, YAMLError
 
 from megatron_medllm.config.base import Section, first_problem
 from megatron_medllm.config.cluster import ClusterConfig
@@ -96,16 +98,41 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         if "=" not in override:
             raise UserError(f"{override!r}: expected key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        recipe = _read_yaml(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(recipe, dict | None):
+            raise UserError(f"{path}: expected sections such as model: and cpt:, found {type(recipe).__name__}")
+        changes = OmegaConf.create({})
+        for override in overrides:
+            key, _, value = override.partition("=")
+            OmegaConf.update(changes, key, _read_yaml(value))
+        merged = OmegaConf.merge(recipe or {}, changes)
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key} must be given, as {error.full_key}=…") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+class _Loader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's YAML, but 12:00:00 stays what it says: YAML 1.1 makes it a number to the base of 60, 43200."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        is_clock = kind is ScalarNode and ":" in value and tag in (f"{_TAG}int", f"{_TAG}float")
+        return f"{_TAG}str" if is_clock else tag
+
+
+_TAG = "tag:yaml.org,2002:"
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a safe loader, by inheritance
 
 
 def _explain(error: ValidationError) -> str:

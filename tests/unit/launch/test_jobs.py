@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
 from megatron_medllm.config.model import SIZES
@@ -22,6 +23,7 @@ from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_st
 from megatron_medllm.launch.submit import check_chain, submission_report, submit
 from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
 from megatron_medllm.storage import write_json
+from megatron_medllm.train.signals import allotted_s
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit-cpt-72b.sbatch"
@@ -40,11 +42,67 @@ cluster: {max_time: "24:00:00", cpus_per_process: 12, exclude: [h100-013]}
 """
 
 
-def test_slurm_times() -> None:
-    assert parse_slurm_time("2-03:04:05") == ((2 * 24 + 3) * 60 + 4) * 60 + 5
+HOUR = 3600
+TIMES = {
+    "90": 90 * 60,
+    "90:30": 90 * 60 + 30,
+    "12:00:00": 12 * HOUR,
+    "00:90:00": 90 * 60,
+    "2-3": 51 * HOUR,
+    "2-03:04": 51 * HOUR + 4 * 60,
+    "2-03:04:05": 51 * HOUR + 4 * 60 + 5,
+}
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_slurm_times_in_every_form_of_sbatch(text: str, recipe: Path) -> None:
+    """By itself, unquoted in YAML (which makes 12:00:00 the number 43200), quoted, and as an override."""
+    assert parse_slurm_time(text) == TIMES[text]
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: {text}"))
+    unquoted = load(recipe, []).cluster
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: '{text}'"))
+    quoted = load(recipe, []).cluster
+    overridden = load(recipe, [f"cluster.max_time={text}"]).cluster
+    for cluster in (unquoted, quoted, overridden):
+        assert cluster is not None
+        assert time_limit_s(StageJob(name="cpt", script="cpt", command=()), cluster) == TIMES[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["90 minutes", "0", "0:00", "UNLIMITED", "INFINITE", "-1", "1-", "1:2:3:4", "1-2:3:4:5", "12h", "1.5", "true"],
+)
+def test_what_sbatch_takes_for_no_limit_or_not_at_all_is_refused(text: str, recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: {text}"))
+    with pytest.raises(UserError, match=r"recipe.yaml: cluster.max_time: ") as caught:
+        load(recipe, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_times_are_written_as_clocks() -> None:
     assert [format_slurm_time(s) for s in (1, 1800, 1801, 90000)] == ["00:01:00", "00:30:00", "00:31:00", "1-01:00:00"]
-    with pytest.raises(ValueError, match="not a time"):
-        parse_slurm_time("90 minutes")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("12:00:00", 12 * HOUR), ("1:30", 90), ("1-0", 24 * HOUR), ("90", 90)])
+def test_a_stage_s_own_time_may_be_a_clock(text: str, seconds: float, recipe: Path, monkeypatch) -> None:
+    run = load(recipe, [f"cpt.guard.walltime_s={text}"])
+    assert run.cpt is not None and run.cpt.guard.walltime_s == seconds
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", text)
+    assert allotted_s() == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "1:2:3:4"])
+def test_a_wrong_time_in_the_environment_is_one_line(text: str, monkeypatch) -> None:
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", text)
+    with pytest.raises(UserError, match=r"MEDLLM_WALLTIME_S=.*: expected seconds, or a time such as 12:00:00"):
+        allotted_s()
+
+
+def test_the_frozen_recipe_keeps_its_times(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', "max_time: 12:00:00"))
+    run = load(recipe, [])
+    recipe.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    assert load(recipe, []) == run
 
 
 @pytest.mark.parametrize(
