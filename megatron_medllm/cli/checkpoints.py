@@ -53,7 +53,7 @@ def export(
 def _dtype(name: str | None) -> Any:
     if name is None:
         return None
-    from megatron_medllm.models.qwen25 import DTYPES
+    from megatron_medllm.models.config import DTYPES
 
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: expected {' or '.join(DTYPES)}")
