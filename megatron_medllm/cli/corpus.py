@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_medllm.cli.options import Config, Overrides, console, load_recipe
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 corpus_app = typer.Typer(no_args_is_help=True, help="Japanese text to Megatron's indexed data sets.")
@@ -29,7 +29,7 @@ def corpus_build(
         if only in (None, name):
             manifest = build(section, run.run_dir / "corpus" / name, workers=workers, strict=strict)
             for source, facts in manifest["sources"].items():
-                console.print(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+                print_text(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
 
 
 @corpus_app.command("inspect")
@@ -40,4 +40,4 @@ def corpus_inspect(
     """Check an indexed data set against its manifest and show decoded samples."""
     from megatron_medllm.corpus.inspect import inspect
 
-    console.print(str(inspect(prefix, samples=samples)), markup=False, highlight=False)
+    print_text(str(inspect(prefix, samples=samples)))

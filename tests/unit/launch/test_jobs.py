@@ -19,7 +19,15 @@ from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
 from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
-from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
+from megatron_medllm.launch.status import (
+    cancel,
+    is_active,
+    last_metrics,
+    last_save_time_s,
+    run_status,
+    stage_status,
+    status_report,
+)
 from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
 from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
 from megatron_medllm.storage import write_json
@@ -112,6 +120,7 @@ def test_the_frozen_recipe_keeps_its_times(recipe: Path) -> None:
         ([85, 0], 85),
         ([85, -signal.SIGTERM], 85),  # told to end while another rank had already saved
         ([85, 1], 1),
+        ([1, 2, -signal.SIGTERM], 2),  # one rank refused its input, another lost its peer: another start mends nothing
         ([-signal.SIGKILL], 137),
         ([-signal.SIGTERM], 143),  # interrupted before it could save: not a request to run again
     ],
@@ -127,6 +136,70 @@ def test_the_lead_of_the_signal_grows_with_the_save_and_must_fit_the_time() -> N
     assert time_limit_s(job, ClusterConfig(max_time="01:00:00")) == 3600
     with pytest.raises(UserError, match=r"cluster.max_time=00:05:00 is too short for cpt"):
         time_limit_s(job, ClusterConfig(max_time="00:05:00"))
+
+
+@pytest.mark.parametrize("name", ["a run", "50%", "%j", "a#b", "実験 1", "[red]x"])
+def test_a_run_directory_is_named_so_that_sbatch_reads_it_back(name: str, tmp_path: Path) -> None:
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""))
+    scripts = submit(tmp_path / name, [job], ClusterConfig(), config_text="{}", dry_run=True).scripts
+    options = [line.removeprefix("#SBATCH ") for line in scripts["cpt"].splitlines() if line.startswith("#SBATCH")]
+    found = dict(option.split("=", 1) for option in options if "=" in option)
+    # sbatch takes what stands in double quotes as it is, and puts the job's id for %j, but not for %%j.
+    output = str(tmp_path / name / "launch" / "logs" / "cpt").replace("%", "%%") + "/%j.out"
+    assert found["--output"] == (output if name in ("50%", "%j", "[red]x") else f'"{output}"')
+    assert found["--job-name"].strip('"') == f"medllm-cpt-{name}"
+    assert found["--job-name"].startswith('"') == (" " in name or "#" in name)
+
+
+@pytest.mark.parametrize("name", ["a:b", 'a"b', "it's", "a\\b", "a\nb", "a\tb"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_run_directory_that_no_batch_script_can_name_is_refused(name: str, dry_run: bool, tmp_path: Path) -> None:
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""))
+    with pytest.raises(UserError, match=r"run_dir: batch scripts cannot name .*; choose another directory") as caught:
+        submit(tmp_path / name, [job], ClusterConfig(), config_text="{}", dry_run=dry_run)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / name).exists()
+
+
+ALIVE = [
+    *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"),
+    *("RESIZING", "STOPPED", "SIGNALING", "STAGE_OUT", "RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE", "EXPEDITING"),
+    "a state of tomorrow",
+]
+ENDED = [
+    *(
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+    ),
+    *("TIMEOUT", "CANCELLED by 1000", "CANCELLED+", "failed", ""),
+]
+
+
+@pytest.mark.parametrize(("state", "alive"), [*((s, True) for s in ALIVE), *((s, False) for s in ENDED)])
+def test_over_is_what_slurm_calls_over(state: str, alive: bool) -> None:
+    assert is_active(state) == alive
+
+
+def test_a_resizing_job_is_neither_submitted_again_nor_passed_over_by_cancel(tmp_path: Path, monkeypatch) -> None:
+    files = RunFiles(tmp_path / "run")
+    write_json(files.submission, {"jobs": {"cpt": "7"}})
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"squeue": "echo '7|7|RESIZING|None'", "scancel": f"echo $@ > {tmp_path}/cancelled"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    with pytest.raises(UserError, match=r"jobs of this run are still queued \(7\)"):
+        submit(files.run, [StageJob(name="cpt", script="cpt", command=())], ClusterConfig(), config_text="{}")
+    assert cancel(files.run) == ["7"]
+    assert (tmp_path / "cancelled").read_text() == "7\n"
 
 
 def test_every_script_renders_and_keeps_its_commands() -> None:
