@@ -41,8 +41,19 @@ ROPE = st.dictionaries(
     max_size=3,
 )
 NAMES = st.sampled_from(
-    [*QWEN, "head_dim", "layer_types", "attention_bias", "mlp_bias", "is_causal", "attention_dropout"]
-    + ["partial_rotary_factor", "quantization_config", "transformers_version", "sliding_window"]
+    [
+        *QWEN,
+        "head_dim",
+        "layer_types",
+        "attention_bias",
+        "mlp_bias",
+        "is_causal",
+        "attention_dropout",
+        "partial_rotary_factor",
+        "quantization_config",
+        "transformers_version",
+        "sliding_window",
+    ]
 )
 LEFT_OUT = "left out"
 
