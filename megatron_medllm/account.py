@@ -105,6 +105,14 @@ class Account:
             lines += [f"  {kind}: {loss.count:,}, first {loss.first}" for kind, loss in tally.lost.items()]
         return lines + [f"warning: {warning}" for warning in self.warnings()]
 
+    def losses(self) -> list[str]:
+        """A line for every subject and kind of loss, to log on its own."""
+        return [
+            f"{name}: {kind}: {loss.count:,}, first {loss.first}"
+            for name, tally in self.subjects.items()
+            for kind, loss in tally.lost.items()
+        ]
+
     def warnings(self) -> list[str]:
         """The subjects that lost more than half, with the kind that took most."""
         found = []
