@@ -301,7 +301,7 @@ def validation_rows(settings: PackedDocumentsConfig, blend: Blend) -> tuple[dict
         if tokens <= settings.sequence_length:
             account.lose(
                 name,
-                "the validation share fills no row",
+                "a validation share that fills no row",
                 f"{prefix}: {last - first} of {_count(documents)} documents with {tokens} tokens "
                 f"(a row needs {settings.sequence_length + 1}); trained without validation of this source",
             )

@@ -132,7 +132,7 @@ def test_held_out_rows_are_of_one_source_and_no_token_comes_twice(tmp_path):
     held_out, account = validation_rows(settings, blend)
     assert list(held_out) == ["a", "b"]
     assert account.losses() == [
-        f"tiny: the validation share fills no row: 1, first {corpus}/tiny: 1 of 2 documents with 2 tokens "
+        f"tiny: lost 1 (a validation share that fills no row), first {corpus}/tiny: 1 of 2 documents with 2 tokens "
         "(a row needs 8); trained without validation of this source"
     ]
     for name, base in (("a", 10), ("b", 30)):
