@@ -75,7 +75,7 @@ def test_packed_files_that_are_cut_or_damaged_say_so_at_every_place(tmp_path, su
         path.write_bytes(whole[:cut])
         texts, bad, _ = read_all(path)
         assert texts == TEXTS[: len(texts)] and len(bad) == 1 and "cut short" in bad[0].reason, cut
-    path.write_bytes(whole + b"rubbish")
+    path.write_bytes(whole + b"rubbish" * 4)
     texts, bad, _ = read_all(path)
     assert texts == TEXTS and len(bad) == 1 and "stream is broken" in bad[0].reason
     path.write_bytes(bytes(100))
