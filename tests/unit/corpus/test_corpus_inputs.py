@@ -299,6 +299,18 @@ def test_parquets_binary_columns_are_text(tmp_path, kind):
     assert read_all(tmp_path / "a.parquet", encoding="cp932")[:2] == (TEXTS[:3], [])
 
 
+def test_encoding_is_of_binary_columns_only(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    assert read_all(tmp_path / "a.parquet", encoding="utf-16")[:2] == (TEXTS, [])
+
+
+@pytest.mark.parametrize("data", [b"\xed", b"\xed@", b"\xed@\xed", b"a\x87"])
+def test_a_character_of_the_superset_at_the_very_end(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    texts, bad, _ = read_all(tmp_path / "a.txt", encoding="shift_jis")
+    assert texts == ([data.decode("cp932")] if data == b"\xed@" else []) and len(texts) + len(bad) == 1
+
+
 def test_a_broken_string_spoils_its_own_row_only(tmp_path):
     broken = pyarrow.array([b"a", b"\xff", b"b"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
