@@ -1,7 +1,6 @@
-import json
-
 """An exam whose answers a script gives: every number of the summary is known beforehand."""
 
+import json
 from pathlib import Path
 
 import pytest
