@@ -108,7 +108,7 @@ def _choices(value: Any) -> Choices:
         labels = alphabet(len(pairs), digits=digits)
         if set(by_label) == set(labels):
             return Choices(tuple(by_label[label] for label in labels), labels)
-    raise _fault(f"are labelled {', '.join(label for label, _ in pairs)}; expected a, b, … or 1, 2, … without gaps")
+    raise _fault(f"are labelled {short([label for label, _ in pairs])}; expected a, b, … or 1, 2, … without gaps")
 
 
 def _is_text(value: Any) -> bool:
@@ -245,9 +245,10 @@ def _validated(model: type[_Model], values: dict[str, Any], names: dict[str, str
         what = (
             "missing" if fault["type"] == "missing" else fault["msg"].removeprefix("Input ").replace("should", "must")
         )
-        raise ValueError(f"field {names.get(field, field)!r} {what}, found {_short(fault['input'])}") from None
+        raise ValueError(f"field {names.get(field, field)!r} {what}, found {short(fault['input'])}") from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """How a message shows a value: one line of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
