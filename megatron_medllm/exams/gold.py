@@ -35,7 +35,7 @@ def counts_from(rows: Iterable[dict[str, Any]]) -> int | None:
         value = row.get("answer")
         if "problem_text" in row or isinstance(value, bool) or not isinstance(choices, list):
             continue
-        number = value if isinstance(value, int) else int(value) if _is_index(value) else None
+        number = value if isinstance(value, int) else int(str(value)) if _is_index(value) else None
         if number is None or (isinstance(value, str) and value in choices):
             continue
         zero |= number == 0 or (isinstance(value, int) and isinstance(row.get("subject"), str))
