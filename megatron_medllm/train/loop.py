@@ -15,6 +15,7 @@ from megatron_medllm.data.ledger import Ledger
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.qwen25 import DTYPES
 from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import write_json
@@ -107,6 +108,7 @@ def _fit(trainer: Trainer, first: int) -> bool:
 
 
 def _validate(trainer: Trainer) -> dict[str, float]:
+    gather_parameters(trainer.chunks)
     for chunk in trainer.chunks:
         chunk.eval()
     try:
