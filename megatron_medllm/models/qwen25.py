@@ -35,6 +35,7 @@ from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.attention import PackedAttention
 from megatron_medllm.models.fp8_linears import BLOCK, FP8ColumnParallelLinear, FP8RowParallelLinear
+from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -288,6 +289,7 @@ class Qwen25Model(GPTModel):
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
+        await_parameters(self.output_layer)  # whose forward pass this replaces
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return fused_linear_logprob(
             hidden[:, 0],

@@ -1,6 +1,9 @@
 """Overlapped data parallelism over gloo: every checkpoint and export is that of the run without overlaps, bitwise."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tiny_pairs import random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import cpt_settings, metrics
+from tiny_run import SHAPE, cpt_settings, medllm, metrics, run_medllm, write_recipe
 
 from tests.dist.launch import run_ranks
 
@@ -69,10 +72,17 @@ def assert_same(directory: Path, pairs: dict[str, str], stage: str = "cpt") -> N
 def test_two_replicas(tiny_world: Path, tmp_path: Path):
     lora = {"adapter": {"rank": 4, "dropout": 0.1}}
     dp2 = {"dp": 2}
+    untied = [
+        cpt_job(tiny_world, tmp_path, "untied", dp2 | SMALL | {"overlap_param_gather": "off"}),
+        cpt_job(tiny_world, tmp_path, "untied-on", dp2 | SMALL | ON),
+    ]
+    for job in untied:  # the head has a bucket of its own
+        job["settings"]["model"]["shape"] = SHAPE | {"tie_embeddings": False}
     run_jobs(
         2,
         tmp_path,
         [
+            *untied,
             cpt_job(tiny_world, tmp_path, "off", dp2 | OFF),
             cpt_job(tiny_world, tmp_path, "on", dp2 | ON),
             cpt_job(tiny_world, tmp_path, "stale", dp2 | ON, stale=True),
@@ -87,6 +97,7 @@ def test_two_replicas(tiny_world: Path, tmp_path: Path):
         ],
     )
     assert_same(tmp_path, {"on": "off", "buckets-on": "buckets", "lora-on": "lora-off", "plain-on": "plain-off"})
+    assert_same(tmp_path, {"untied-on": "untied"})
     stale = list(different(tmp_path / "stale" / "cpt", tmp_path / "off" / "cpt"))
     assert len(stale) > 20 and not any(key in stale for key in ("loss", "grad_norm"))
     assert metrics(tmp_path / "buckets" / "cpt") == pytest.approx(metrics(tmp_path / "off" / "cpt"), rel=1e-6)
@@ -101,9 +112,10 @@ def test_four_ranks(tiny_world: Path, tmp_path: Path):
     }
     jobs, pairs = [], {}
     for name, layout in layouts.items():
-        jobs += [cpt_job(tiny_world, tmp_path, f"{name}-off", layout | OFF)]
-        jobs += [cpt_job(tiny_world, tmp_path, f"{name}-on", layout | ON)]
-        pairs[f"{name}-on"] = f"{name}-off"
+        if name == "tp":
+            jobs += [cpt_job(tiny_world, tmp_path, f"{name}-off", layout | OFF)]
+            jobs += [cpt_job(tiny_world, tmp_path, f"{name}-on", layout | ON)]
+            pairs[f"{name}-on"] = f"{name}-off"
         jobs += [cpt_job(tiny_world, tmp_path, f"{name}-buckets", layout | SMALL | {"overlap_param_gather": "off"})]
         jobs += [cpt_job(tiny_world, tmp_path, f"{name}-buckets-on", layout | SMALL | ON)]
         pairs[f"{name}-buckets-on"] = f"{name}-buckets"
@@ -139,3 +151,26 @@ def test_preferences(tmp_path: Path):
     assert_same(tmp_path, {"on": "off", "buckets-on": "buckets", "lora-on": "lora-off"}, "rpo")
     stale = list(different(tmp_path / "stale" / "rpo", tmp_path / "off" / "rpo"))
     assert any(name.startswith("hf/") for name in stale)  # nothing is validated before RPO's export
+
+
+def test_ranks_killed_together_go_on_bitwise(tiny_world: Path, tmp_path: Path):
+    recipes = {
+        name: write_recipe(
+            cpt_job(tiny_world, tmp_path, name, {"dp": 2} | SMALL | ON)["settings"], tmp_path / f"{name}.yaml"
+        )
+        for name in ("whole", "killed")
+    }
+    stage = tmp_path / "killed" / "cpt"
+    for step in (3, 5):
+        process = medllm("train", recipes["killed"], start_new_session=True)
+        while process.poll() is None:
+            if (stage / "metrics.jsonl").is_file() and len(metrics(stage)) >= step:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            time.sleep(0.005)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    for recipe in recipes.values():
+        status, output = run_medllm("train", recipe)
+        assert status == 0, output
+    assert_same(tmp_path, {"killed": "whole"})
