@@ -238,3 +238,18 @@ def test_perplexity_is_reported_per_source(reference):
     last = json.loads((reference / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation_loss_medical"] == last["validation_loss"]
     assert last["validation_perplexity_medical"] == pytest.approx(math.exp(last["validation_loss"]))
+
+
+def test_other_files_among_the_checkpoints_are_left_alone(tiny_world, tmp_path, caplog):
+    settings = cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": {"every_steps": 2, "keep": 1}})
+    checkpoints = tmp_path / "cpt" / "checkpoints"
+    others = ["step-00000010.bak", "step-final", "step-7", "step-０００００００９", "step--0000001"]
+    for name in others:
+        (checkpoints / name).mkdir(parents=True)
+    (checkpoints / "step-00000099").write_text("notes of mine")
+    for _ in range(2):
+        caplog.set_level("INFO")
+        assert train(run_config(settings)) == 0
+    assert f"resuming from {checkpoints / 'step-00000006'}" in caplog.text
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == sorted([*others, "step-00000006", "step-00000099"])
