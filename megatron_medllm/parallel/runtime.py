@@ -130,8 +130,8 @@ def host_settings(layout: LayoutConfig, environment: MutableMapping[str, str]) -
     connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if layout.tp > 1 and connections != "1":
         return [
-            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections or 'not set'}: with layout.tp={layout.tp} set it to 1, so that "
-            "tensor-parallel exchanges start in the order that they overlap in"
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections or 'not set'}: with layout.tp={layout.tp} set it to 1, so "
+            "that tensor-parallel exchanges start in the order that they overlap in"
         ]
     return []
 

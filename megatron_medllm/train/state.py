@@ -185,7 +185,7 @@ class Checkpoints:
                 shutil.rmtree(self.directory / f"step-{step:08d}")
 
     def _steps(self) -> list[int]:
-        """Steps of the checkpoints by name; whatever else lies there (a copy, a file of the user's) is not looked at."""
+        """Steps of the checkpoints by name; what else lies there (copies, notes) is left alone."""
         matches = (_NAME.fullmatch(path.name) for path in self.directory.glob("step-*") if path.is_dir())
         return [int(match[1]) for match in matches if match]
 
