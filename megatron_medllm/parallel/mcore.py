@@ -87,9 +87,7 @@ def build_optimizer(
         UserError: bf16 moments where there is no Transformer Engine to keep them.
     """
     ddp_config: DistributedDataParallelConfig = vars(chunks[0])["ddp_config"]
-    moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
-    if moments is torch.bfloat16 and not (HAVE_TE and torch.cuda.is_available()):
-        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    moments = moments_dtype(optimizer, fused=HAVE_TE and torch.cuda.is_available())
     built = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",
@@ -122,6 +120,19 @@ def build_optimizer(
     if ddp_config.align_param_gather:  # interleaved stages; elsewhere the forward pre-hooks start every gather
         config.param_sync_func = list(param_sync)
     return built
+
+
+def moments_dtype(optimizer: OptimizerConfig, *, fused: bool) -> torch.dtype:
+    """The type of Adam's moments; `fused`: Transformer Engine's Adam is there, a CUDA kernel that casts them.
+
+    Raises:
+        UserError: bf16 moments without it.
+    """
+    if optimizer.moments_dtype == "float32":
+        return torch.float32
+    if not fused:
+        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    return torch.bfloat16
 
 
 def run_micro_batches(
