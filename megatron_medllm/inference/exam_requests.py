@@ -60,6 +60,8 @@ class ExamPrompter:
             top_p=decoding.top_p,
             seed=request_seed(decoding.seed, request_id),
             stop=decoding.stop,
+            # A chat model ends its turn itself, and may lead up to a short answer with a line of its own.
+            ends_as=None if chat and mode == "answer_only" else mode,
         )
 
 

@@ -17,7 +17,7 @@ from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.data.tokenizer import load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import check_model_dir
-from megatron_medllm.inference.protocol import Completion, FinishReason, Request, cut_at_stop
+from megatron_medllm.inference.protocol import Completion, FinishReason, Request, finish
 
 _STOP_CHECK_STEPS = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -38,6 +38,7 @@ class TransformersEngine:
             raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
         self._device = torch.device(device)
         self._eos = self._eos_ids()
+        self._line_ends: dict[int, bool] = {}
         self._context = getattr(self._model.config, "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
@@ -192,18 +193,26 @@ class TransformersEngine:
     def _finished(
         self, item: tuple[Request, list[int]], tokens: list[int], *, ended: bool, last: bool
     ) -> Completion | None:
-        """The completion if the row is done, else None. Stop texts are looked for every few tokens only."""
+        """The completion if the row is done, else None.
+
+        Answers end with a line, so they are looked at when one was written; stop texts, every few tokens only.
+        """
         request, prompt = item
+        line_due = request.ends_as is not None and self._ends_line(tokens[-1])
         stop_due = bool(request.stop) and len(tokens) % _STOP_CHECK_STEPS == 0
-        if not (ended or last or stop_due):
+        if not (ended or last or line_due or stop_due):
             return None
-        text, stopped = cut_at_stop(
-            self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), request.stop
-        )
-        if not (ended or last or stopped):
+        text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        reason: FinishReason
+        text, reason = finish(text, request, "eos" if ended else "length")
+        if not (ended or last or reason == "stop"):
             return None
-        reason: FinishReason = "stop" if stopped else "eos" if ended else "length"
         return Completion(request.request_id, text, reason, len(prompt), len(tokens))
+
+    def _ends_line(self, token: int) -> bool:
+        if token not in self._line_ends:
+            self._line_ends[token] = "\n" in self.tokenizer.decode([token])
+        return self._line_ends[token]
 
 
 def _uniform_draws(requests: list[Request], steps: int) -> np.ndarray:

@@ -78,6 +78,43 @@ def test_stop_text_is_cut_off(engine: TransformersEngine) -> None:
     assert done.finish_reason == "stop" and done.new_tokens < 24
 
 
+def script_tokens(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine, text: str) -> list[int]:
+    """Make the model write `text` after every prompt, whatever it would choose; its token ids."""
+    ids = engine.tokenizer.encode(text)
+    forward, steps = TransformersEngine._forward, iter(ids)
+
+    def scripted(self: TransformersEngine, *arguments: torch.Tensor) -> torch.Tensor:
+        logits = forward(self, *arguments)
+        logits[:, next(steps)] = 1e9
+        return logits
+
+    monkeypatch.setattr(TransformersEngine, "_forward", scripted)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "answer"),
+    [
+        ("answer_only", "\n c\n次の文", "\n c"),
+        ("explained", "aは誤り。\n答え: c\nまた、次の文", "aは誤り。\n答え: c"),
+    ],
+)
+def test_a_complete_answer_stops_its_row(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, mode: str, text: str, answer: str
+) -> None:
+    """The row stops with the line end: nothing behind it is generated, or paid for."""
+    ids = script_tokens(monkeypatch, engine, text)
+    upto = next(n for n in range(len(ids)) if answer + "\n" in engine.tokenizer.decode(ids[:n]))
+    (done,) = engine.generate([Request("x", "問", max_new_tokens=len(ids) - 1, ends_as=mode)])
+    assert (done.text, done.finish_reason, done.new_tokens) == (answer, "stop", upto)
+
+
+def test_without_an_answer_it_is_cut_off(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = script_tokens(monkeypatch, engine, "aは誤り。\nbも誤り。\nc")
+    (done,) = engine.generate([Request("x", "問", max_new_tokens=len(ids) - 1, ends_as="explained")])
+    assert (done.finish_reason, done.new_tokens) == ("length", len(ids) - 1)
+
+
 def test_samples_do_not_depend_on_the_batch(engine: TransformersEngine) -> None:
     requests = [
         Request(f"{i}-{k}", p, max_new_tokens=16, temperature=1.0, seed=request_seed(7, f"{i}-{k}"))
