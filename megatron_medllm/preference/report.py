@@ -13,9 +13,12 @@ def pairs_report(manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> st
         f"contamination check: {'done' if manifest['contamination']['checked'] else 'NOT done'}, "
         f"{len(manifest['contamination']['dropped'])} questions dropped.",
         "",
+        f"{manifest['explained_questions']} of the questions have an explained pair.",
+        "",
         *_table("Pairs", "mode and tier", manifest["by_tier"]),
         *_table("Samples", "mode and tier", manifest["samples_by_tier"]),
         *_table("Dropped", "reason", manifest["drop_reasons"]),
+        *_left_table(manifest["account"]),
         "## Length in characters",
         "",
         "| | mean | median | 95 % | max |",
@@ -42,6 +45,14 @@ def pairs_report(manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> st
 def _table(title: str, key: str, counts: dict[str, int]) -> list[str]:
     rows = [f"| {name} | {count} |" for name, count in counts.items()] or ["| none | 0 |"]
     return [f"## {title}", "", f"| {key} | count |", "|---|---|", *rows, ""]
+
+
+def _left_table(account: dict[str, Any]) -> list[str]:
+    rows = []
+    for subject, tally in account["subjects"].items():
+        losses = "; ".join(f"{kind} {loss['count']}" for kind, loss in tally["lost"].items())
+        rows.append(f"| {subject} | {tally['kept']} | {losses} |")
+    return ["## What the filters left", "", "| mode and tier | left | lost |", "|---|---|---|", *rows, ""]
 
 
 def _quoted(name: str, text: object) -> list[str]:
