@@ -50,7 +50,7 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
     )
     gold = sum(gold_candidate(question, "explained", prompter.prompts) is not None for question in questions)
     account = pairs_account(samples, rows, drops, gold=gold)
-    _require_pairs(config, account, rows, drops, questions=len(questions), samples=len(samples))
+    require_pairs(config, account, rows, drops, questions=len(questions), samples=len(samples))
     write_jsonl(output_dir / "pairs.jsonl", rows)
     if config.parquet:
         with atomic_write(output_dir / "pairs.parquet") as stream:
@@ -132,7 +132,7 @@ def pairs_account(
     return account
 
 
-def _require_pairs(
+def require_pairs(
     config: PairsConfig,
     account: Account,
     rows: Sequence[dict[str, Any]],
