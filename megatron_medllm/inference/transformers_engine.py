@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_medllm.config.exam import EngineConfig
-from megatron_medllm.data.tokenizer import load_tokenizer
+from megatron_medllm.data.tokenizer import apply_template, end_of_turn, load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import check_model_dir
 from megatron_medllm.inference.protocol import Completion, FinishReason, Request, finish
@@ -29,7 +29,7 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig, model_dir: Path) -> None:
         check_model_dir(model_dir)
         transformers.utils.logging.disable_progress_bar()
-        self._config = config
+        self._config, self._directory = config, model_dir
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = load_tokenizer(model_dir)
@@ -78,10 +78,9 @@ class TransformersEngine:
         chat = [request for request in requests if request.messages]
         if chat and not self.tokenizer.chat_template:
             raise UserError("prompt.chat is set, but the model's tokenizer has no chat template; set prompt.chat=false")
-        templated = [
-            self.tokenizer.apply_chat_template(list(r.messages), tokenize=False, add_generation_prompt=True)
-            for r in chat
-        ]
+        if chat:
+            self._end_turns()
+        templated = [apply_template(self.tokenizer, list(r.messages), directory=self._directory) for r in chat]
         plain = [request.prompt for request in requests if not request.messages]
         chat_ids = iter(self.tokenizer(templated, add_special_tokens=False)["input_ids"] if templated else [])
         plain_ids = iter(self.tokenizer(plain)["input_ids"] if plain else [])
@@ -105,6 +104,13 @@ class TransformersEngine:
         ):
             found |= set(value) if isinstance(value, list | tuple) else ({value} if value is not None else set())
         return sorted(found)
+
+    def _end_turns(self) -> None:
+        """Stop at the template's end of turn too: a base model's configuration names the end of documents alone."""
+        end = end_of_turn(self.tokenizer, directory=self._directory)
+        ids = self.tokenizer.encode(end, add_special_tokens=False)
+        if len(ids) == 1:
+            self._eos = sorted({*self._eos, *ids})
 
     def _batches(self, encoded: list[tuple[Request, list[int]]]) -> Iterator[list[tuple[Request, list[int]]]]:
         batch: list[tuple[Request, list[int]]] = []

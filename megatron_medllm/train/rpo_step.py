@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet
+from megatron_medllm.data.pair_streams import PairMicroBatch
+from megatron_medllm.data.pairs import Pair, PairSet
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
@@ -199,6 +200,8 @@ def _report_pairs(pair_set: PairSet, path: Path) -> None:
     )
     for reason, count in report["dropped"].items():
         log.warning("dropped %d pairs: %s (rows in %s)", count, reason, path)
+    for warning in pair_set.account.warnings():
+        log.warning("%s; see rpo.sequence_length and rpo.too_long", warning)
     if report["near_identical"]:
         log.warning(
             "%d pairs have nearly identical answers, where likelihood displacement is worst (arXiv 2410.08847): "

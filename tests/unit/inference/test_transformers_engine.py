@@ -169,6 +169,34 @@ def test_chat_needs_a_template(engine: TransformersEngine) -> None:
         engine.tokenizer.chat_template = None
 
 
+def test_chat_answers_stop_at_the_templates_end_of_turn(tiny_model: Path, alone: dict[str, list[int]]) -> None:
+    """A base model's configuration names the end of documents alone."""
+    engine = TransformersEngine(EngineConfig(device="cpu"), tiny_model)
+    prompt, position, end = next(
+        (prompt, position, text)
+        for prompt, ids in alone.items()
+        for position, token in enumerate(ids)
+        if position and ids.index(token) == position
+        and (text := engine.tokenizer.decode([token])).strip() == text
+        and engine.tokenizer.encode(text) == [token]
+    )  # fmt: skip
+    ended = "{{ m.content }}{% if m.role == 'assistant' %}END{% endif %}".replace("END", end)
+    engine.tokenizer.chat_template = "{% for m in messages %}" + ended + "{% endfor %}"
+    (plain,) = engine.generate([Request("x", prompt, max_new_tokens=24)])
+    (chat,) = engine.generate([Request("x", messages=({"role": "user", "content": prompt},), max_new_tokens=24)])
+    assert (chat.finish_reason, chat.new_tokens) == ("eos", position + 1) and plain.new_tokens > position + 1
+    assert chat.text == engine.tokenizer.decode(alone[prompt][:position])
+
+
+def test_a_template_that_refuses_is_one_line(engine: TransformersEngine) -> None:
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    try:
+        with pytest.raises(UserError, match="the chat template cannot be used .roles must alternate"):
+            list(engine.generate([Request("x", messages=({"role": "user", "content": "?"},))]))
+    finally:
+        engine.tokenizer.chat_template = None
+
+
 def test_too_long_is_refused_before_any_work(engine: TransformersEngine) -> None:
     with pytest.raises(UserError, match="112A1: 4 prompt tokens \\+ 4093 new ones exceed the model's context of 4096"):
         list(engine.generate([Request("112A1", "aaaa", max_new_tokens=4093)]))
