@@ -176,7 +176,7 @@ def test_chat_answers_stop_at_the_templates_end_of_turn(tiny_model: Path, alone:
         (prompt, position, text)
         for prompt, ids in alone.items()
         for position, token in enumerate(ids)
-        if position and ids.index(token) == position
+        if position and token != 0 and ids.index(token) == position
         and (text := engine.tokenizer.decode([token])).strip() == text
         and engine.tokenizer.encode(text) == [token]
     )  # fmt: skip
@@ -191,7 +191,7 @@ def test_chat_answers_stop_at_the_templates_end_of_turn(tiny_model: Path, alone:
 def test_a_template_that_refuses_is_one_line(engine: TransformersEngine) -> None:
     engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     try:
-        with pytest.raises(UserError, match="the chat template cannot be used .roles must alternate"):
+        with pytest.raises(UserError, match=r"the chat template cannot be used \(roles must alternate"):
             list(engine.generate([Request("x", messages=({"role": "user", "content": "?"},))]))
     finally:
         engine.tokenizer.chat_template = None
