@@ -4,7 +4,11 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core says so eight times at import, of packages that this one does without; `medllm doctor` tells what is here.
-warnings.filterwarnings(
-    "ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed", category=UserWarning
-)
+# What Megatron-Core and torch say of themselves, in every process: packages that this one does without (`medllm doctor`
+# tells what is here), and calls inside Megatron-Core that torch has renamed.
+for _message in (
+    r"(Transformer Engine and )?Apex (is|are) not installed",
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -18,7 +18,7 @@ from megatron_medllm.preference.candidate import Candidate
 from megatron_medllm.preference.contamination import contaminated
 from megatron_medllm.preference.gold import gold_candidate, with_letters
 from megatron_medllm.preference.pairing import NO_EXPLANATION, SURPLUS, Drop, pair_up
-from megatron_medllm.preference.report import pairs_report
+from megatron_medllm.preference.report import pairs_report, write_pairs_page
 from megatron_medllm.preference.sampling import sample
 from megatron_medllm.storage import atomic_write, digest_file, write_json, write_jsonl
 
@@ -73,6 +73,7 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
     write_json(output_dir / "manifest.json", manifest)
     with atomic_write(output_dir / "report.md") as stream:
         stream.write(pairs_report(manifest, rows).encode())
+    write_pairs_page(output_dir / "report.html", manifest, rows)
     return manifest
 
 
