@@ -4,6 +4,7 @@ Requests are sorted by length and decoded in left-padded batches with a KV cache
 (samples) is read once; rows that have finished leave the batch.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class TransformersEngine:
         self._device = torch.device(device)
         self._eos = self._eos_ids()
         self._line_ends: dict[int, bool] = {}
+        # transformers renamed it in 5.24 and warns of the old name.
+        parameters = inspect.signature(self._model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._context = getattr(self._model.config, "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
@@ -158,9 +162,9 @@ class TransformersEngine:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         return output.logits[:, -1].float()
 

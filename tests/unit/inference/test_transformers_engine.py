@@ -188,6 +188,11 @@ def test_chat_answers_stop_at_the_templates_end_of_turn(tiny_model: Path, alone:
     assert chat.text == engine.tokenizer.decode(alone[prompt][:position])
 
 
+@pytest.mark.filterwarnings("error:.*is deprecated")
+def test_our_calls_are_not_deprecated(engine: TransformersEngine) -> None:
+    assert len(texts(engine, [Request("x", PROMPTS[0], max_new_tokens=2)])) == 1
+
+
 def test_a_template_that_refuses_is_one_line(engine: TransformersEngine) -> None:
     engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     try:
