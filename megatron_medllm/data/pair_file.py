@@ -39,6 +39,7 @@ _PROMPT_FIELDS = ("prompt", "conversations", "messages")
 # Part of what the model is to see, in other tools' files: a prompt read without it would be another prompt.
 _LOST_FIELDS = ("system", "instruction", "input", "history", "tools", "images", "image", "videos", "audios")
 _LARGEST_WINDOW = 2**31  # what `zstd --long=31` writes
+_SHOWN = 80  # characters of a value in a message
 _ZSTD_INPUT = 4096  # compressed bytes at once: bounds what a bomb decompresses to
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
@@ -114,7 +115,7 @@ def _sides(record: dict[str, Any], where: str) -> tuple[str | list[Message], str
     before, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if [turn["role"] for turn in turns] != ["assistant"]:
-            found = " ".join(turn["role"] for turn in turns)
+            found = _shown(" ".join(turn["role"] for turn in turns))
             raise UserError(
                 f"{where}: field {name!r} must hold one assistant message behind what it shares with the other answer, "
                 f"found: {found}; turns before the last belong to 'prompt'"
@@ -174,10 +175,10 @@ def _message(turn: Any, where: str) -> Message:
             raise UserError(f"{where} has no {name!r}" + (", it is null" if name in turn else ""))
     for name, value in given.items():
         if name not in (role_key, text_key) and value not in ("", [], {}):
-            raise UserError(f"{where}: {name!r} would be lost")
+            raise UserError(f"{where}: {_shown(name)} would be lost")
     role = given[role_key]
     if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(f"{where}: role {role!r} is none of {', '.join(_ROLES)}")
+        raise UserError(f"{where}: role {_shown(role)} is none of {', '.join(_ROLES)}")
     text = _content(given[text_key], f"{where}: {text_key!r}")
     _check_text(text, f"{where}: {text_key!r}")
     return {"role": _ROLES[role], "content": text}
@@ -196,7 +197,7 @@ def _content(content: Any, where: str) -> str:
             continue
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{where}: a part of type {kind!r} cannot be read, only type 'text'")
+            raise UserError(f"{where}: a part of type {_shown(kind)} cannot be read, only type 'text'")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -215,7 +216,7 @@ def _weight(record: dict[str, Any], where: str) -> float:
     if weight is None:
         return 1.0
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f"{where}: field 'weight' must be a positive number, is {weight!r}")
+        raise UserError(f"{where}: field 'weight' must be a positive number, is {_shown(weight)}")
     return float(weight)
 
 
@@ -224,8 +225,13 @@ def _flag(record: dict[str, Any], name: str, where: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, bool):
-        raise UserError(f"{where}: field {name!r} must be true or false, is {value!r}")
+        raise UserError(f"{where}: field {name!r} must be true or false, is {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

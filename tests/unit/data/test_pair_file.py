@@ -94,8 +94,8 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({**PLAIN, "conversations": [USER]}, "'prompt' and 'conversations' both hold a prompt"),
         ({**PLAIN, "chosen": [GOOD]}, "must both be texts or both be messages"),
         ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]},
-         "field 'chosen' must hold one assistant message .* found: assistant user assistant"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "field 'chosen' must hold one .* found: user"),
+         "field 'chosen' must hold one assistant message .* found: 'assistant user assistant'"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "field 'chosen' must hold one .* found: 'user'"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "there is no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [TURN[0], BAD]}, "field 'chosen' must hold one"),
         ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "begin with other turns than 'prompt'"),
@@ -104,6 +104,7 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({**PLAIN, "weight": True}, "field 'weight' must be"),
         ({**PLAIN, "rejected_ended": "no"}, "field 'rejected_ended' must be true or false"),
         ({**PLAIN, "chosen": "\ud800"}, "lone surrogate|not JSON"),
+        ({**PLAIN, "prompt": [{"role": "x" * 9999, "content": "q"}]}, "role 'x{79}… is none of"),
         (["q", "a", "b"], "expected a JSON object, found list"),
     ],
 )  # fmt: skip
