@@ -92,6 +92,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
             yield row
 
 
+def pointer_kind(head: bytes) -> str:
+    """The tool whose pointer a file is that begins like this (`git lfs`, `git annex`); "" for a file that is itself."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "git lfs"
+    return "git annex" if head.startswith(b"/annex/objects/") else ""
+
+
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as stream:

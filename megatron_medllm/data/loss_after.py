@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from megatron.core.utils import log_single_rank
 from tokenizers import Tokenizer
 
 from megatron_medllm.account import Account
@@ -87,7 +88,8 @@ def check_markers(loss_after: LossAfter, sources: Mapping[str, Iterable[np.ndarr
                 account.lose(name, "nothing follows the marker", f"document {looked_at_here}")
             else:
                 account.keep(name)
-        log.info("loss_after: %d of %d documents of %s hold a marker", matched_here, looked_at_here, name)
+        found = f"loss_after: {matched_here} of {looked_at_here} documents of {name} hold a marker"
+        log_single_rank(log, logging.INFO, found)
         looked_at += looked_at_here
         matched += matched_here
     if not matched:
@@ -96,4 +98,6 @@ def check_markers(loss_after: LossAfter, sources: Mapping[str, Iterable[np.ndarr
             "look at the text with `medllm corpus inspect`, or leave loss_after out"
         )
     account.require("choose a marker that stands before what is to be learned")
+    for line in account.loss_lines():
+        log_single_rank(log, logging.WARNING, line)
     return account

@@ -150,7 +150,7 @@ def require_pairs(
         return
     explained = _explained_questions(rows)
     if explained < config.min_explained_share * questions:
-        left = "; ".join(line.strip() for line in account.lines() if line.startswith((" ", "explained")))
+        left = "; ".join(line for line in account.lines() if line.startswith("explained"))
         raise UserError(
             f"only {explained} of {questions} questions have an explained pair, fewer than "
             f"pairs.min_explained_share={config.min_explained_share:g} of them ({left}); "
