@@ -31,3 +31,18 @@ def thinking_end(text: str) -> int | None:
     for tag in _THINKING.finditer(text):
         start = tag.end() if tag.group(1) else None
     return start
+
+
+# What only leads to the answer: a marker (`## 答え`, `**答え:**`, `{"answer":`), a fence, an open tag.
+_LEAD = re.compile(rf"```[a-z]*|</?answer>|\\boxed|(?:最終的?な?|final[\s_]*)?{MARKER_WORD}(?:は|is)?", re.IGNORECASE)
+_WORD = re.compile(r"[^\W_]")
+
+
+def says_something(line: str) -> bool:
+    """Whether a line holds more than what leads to an answer."""
+    return bool(_WORD.search(_LEAD.sub("", line)))
+
+
+def first_line(text: str) -> str:
+    """The first line of `text` that says something; empty when none does."""
+    return next((line.strip() for line in re.split(r"[\r\n]+", text) if says_something(line)), "")

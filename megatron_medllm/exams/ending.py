@@ -2,12 +2,16 @@
 
 import re
 
-from megatron_medllm.exams.answer_text import COLON_MARKER, MARKER_WORD, NEXT_QUESTION, one_width, thinking_end
+from megatron_medllm.exams.answer_text import (
+    COLON_MARKER,
+    MARKER_WORD,
+    NEXT_QUESTION,
+    one_width,
+    says_something,
+    thinking_end,
+)
 from megatron_medllm.exams.prompts import Mode
 
-# What only leads to the answer: a marker (`## 答え`, `**答え:**`, `{"answer":`), a fence, an open tag.
-_LEAD = re.compile(rf"```[a-z]*|<answer>|\\boxed|(?:最終的?な?|final\s*)?{MARKER_WORD}(?:は|is)?", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]")
 _LABEL = re.compile(r"(?:[\W_]|選択肢|\\text|\\boxed)*(?:[a-z](?![a-z])|[\d①-⑳])", re.IGNORECASE)
 _SENTENCES = re.compile(r"。\s*[^\s。」』）)\"'*]")
 _HEADING = re.compile(rf"(?:^|\n)[#* ]*(?:最終的?な?|final\s*)?{MARKER_WORD}[* ]*(?=\n)", re.IGNORECASE)
@@ -49,7 +53,7 @@ def answer_end(text: str, mode: Mode) -> int | None:
 def _answer_line(plain: str, position: int, stop: int) -> tuple[int, int] | None:
     """Start and end of the first whole line from `position` that says something, its line break left out."""
     while (end := plain.find("\n", position, stop)) >= 0:
-        if _WORD.search(_LEAD.sub("", plain[position:end])):
+        if says_something(plain[position:end]):
             return position, end
         position = end + 1
     return None
