@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 import zstandard
@@ -265,7 +265,7 @@ def _array(path: Path, content: bytes) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, start=1)
 
 
-def _lines(path: Path, first: bytes, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, first: bytes, stream: io.BufferedIOBase) -> Iterator[tuple[int, Any]]:
     number, line = 1, first
     while line:
         if line.strip():
@@ -277,7 +277,7 @@ def _lines(path: Path, first: bytes, stream: IO[bytes]) -> Iterator[tuple[int, A
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, decompressed as its first bytes say."""
     with open(path, "rb") as stream:
         magic = stream.read(4)
@@ -296,7 +296,7 @@ class _ZstdStream(io.RawIOBase):
     zstandard's own reader ends without a word where a file was cut short.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
         self._frame = self._new_frame()
         self._begun = False

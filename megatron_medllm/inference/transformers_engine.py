@@ -34,7 +34,8 @@ class TransformersEngine:
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = load_tokenizer(model_dir)
-            self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype]).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype])
+            self._model = model.to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
         self._device = torch.device(device)
@@ -212,7 +213,7 @@ class TransformersEngine:
         stop_due = bool(request.stop) and len(tokens) % _STOP_CHECK_STEPS == 0
         if not (ended or last or line_due or stop_due):
             return None
-        text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True))
         reason: FinishReason
         text, reason = finish(text, request, "eos" if ended else "length")
         if not (ended or last or reason == "stop"):

@@ -38,6 +38,8 @@ class VllmEngine:
             )
         except OSError as error:
             raise UserError(f"engine.python={config.python}: cannot be started ({error.strerror})") from None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         setup = {
             "model": str(model_dir),
             "dtype": config.dtype,
@@ -85,7 +87,7 @@ class VllmEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         if self._idle:
-            self._process.stdin.close()  # the worker ends with its input
+            self._stdin.close()  # the worker ends with its input
         else:
             self._process.terminate()
         try:
@@ -99,13 +101,13 @@ class VllmEngine:
         """Write one line a row; None is an empty line."""
         try:
             for row in rows:
-                self._process.stdin.write("\n" if row is None else json.dumps(row) + "\n")
-            self._process.stdin.flush()
+                self._stdin.write("\n" if row is None else json.dumps(row) + "\n")
+            self._stdin.flush()
         except OSError:  # the worker is gone: the reading side says why
             return
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             code = self._process.wait()
             raise UserError(f"the vLLM worker ended with status {code}: {self._last_words()}")

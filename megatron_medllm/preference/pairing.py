@@ -8,7 +8,6 @@ from itertools import product
 from typing import Any
 
 from megatron_medllm.config.pairs import PairsConfig
-from megatron_medllm.exams.prompts import render_messages, render_text
 from megatron_medllm.exams.question import Question
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.preference.candidate import Candidate, Tier
@@ -189,14 +188,8 @@ def _row(
     weight: float,
     prompter: ExamPrompter,
 ) -> dict[str, Any]:
-    options = {
-        "shots": () if config.train_without_shots else prompter.shots,
-        "explain_shots": config.prompt.explain_shots,
-        "reveal_count": config.prompt.reveal_count,
-    }
-    render = render_messages if config.prompt.chat else render_text
     return {
-        "prompt": render(prompter.prompts, question, chosen.mode, **options),
+        "prompt": prompter.prompt(question, chosen.mode, with_shots=not config.train_without_shots),
         "chosen": chosen.text,
         "rejected": rejected.text,
         "source": config.questions.name,
