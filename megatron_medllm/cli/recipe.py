@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_medllm.cli.options import Config, Overrides, console, load_recipe
+from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 
@@ -58,13 +58,19 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
 def pairs(config: Config, overrides: Overrides = None) -> None:
     """Sample explanations, judge them by the key, and build preference pairs."""
+    from megatron_medllm.account import Account
     from megatron_medllm.preference.pairs import build_pairs
 
     run = load_recipe(config, overrides)
     if run.pairs is None or run.model.path is None:
         raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
     manifest = build_pairs(run.pairs, run.model.path, run.output or run.run_dir / "pairs")
-    console.print(f"{manifest['pairs']} pairs: {manifest['by_tier']}")
+    for line in Account.from_json(manifest["account"]).lines():
+        print_text(line)
+    print_text(
+        f"{manifest['pairs']} pairs: {manifest['by_tier']}; {manifest['explained_questions']} of "
+        f"{manifest['questions']} questions have an explained pair"
+    )
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `medllm pipeline` made")]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_medllm.config.base import Section
 
@@ -125,6 +125,13 @@ class CptConfig(TrainConfig):
     )
     z_loss: float = Field(default=0.0, ge=0, description="coefficient of log(Z)^2 (PaLM, section 5)")
     batch_ramp_steps: int = Field(default=0, ge=0, description="steps over which the batch grows to global_batch_size")
+
+    @field_validator("loss_after")
+    @classmethod
+    def _markers_are_texts(cls, markers: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in markers:
+            raise ValueError("an empty text marks nothing")
+        return markers
 
     @model_validator(mode="after")
     def _one_budget(self) -> "CptConfig":
