@@ -24,6 +24,7 @@ from megatron_medllm.train.schedule import learning_rate
 from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
+from megatron_medllm.train.watch import watching
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,15 @@ def _fit(trainer: Trainer, first: int) -> bool:
     books = _Books(trainer, first)
     guard = LossGuard(config.guard)
     step = first
-    with progress(trainer.run.stage, total=step_object.total_steps) as bar, stop_requests(config.guard) as stop:
+    with (
+        progress(trainer.run.stage, total=step_object.total_steps) as bar,
+        stop_requests(config.guard) as stop,
+        watching(trainer, first) as watch,
+    ):
         while step < step_object.total_steps:
-            clock = StepClock()
+            clock = StepClock(watch.enter)
             metrics, problem = _train_step(trainer, step, guard, clock)
+            metrics |= watch.end_step(step, clock)
             stop.note_step(clock.seconds())
             books.record(step, metrics, clock, problem)
             step += 1
