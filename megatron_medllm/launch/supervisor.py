@@ -54,7 +54,7 @@ def begin(run, stage, spec):
 def end(run, stage, spec, exit_code):
     """Write why the job ended; requeue it where another start can help. Returns the job's exit status."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script; let it finish its sentence
-    report = {"exit_code": exit_code, "step": newest_step(run, spec)}
+    report = dict({"exit_code": exit_code, "step": newest_step(run, spec)}, **verdicts(run, spec))
     if exit_code == 0:
         write_ended(run, stage, dict(report, outcome="finished", reason="finished"))
         return 0
@@ -67,7 +67,10 @@ def end(run, stage, spec, exit_code):
         unfit = unfit_nodes(run)
         reason = "health check failed: " + "; ".join(f"{node}: {why}" for node, why in sorted(unfit.items()))
         return requeue(run, stage, dict(report, reason=reason), exclude=sorted(unfit) + list(spec["exclude"]))
-    report.update(reason=f"the command failed with exit code {exit_code}", last_lines=last_error_lines(run, stage))
+    reason = f"the command failed with exit code {exit_code}"
+    if "stall" in report:
+        reason = "stalled: " + report["stall"]["reason"]
+    report.update(reason=reason, last_lines=last_error_lines(run, stage))
     if spec["checkpoints"] and exit_code != USER_ERROR_EXIT_CODE:
         return requeue(run, stage, report, exclude=[])  # a crash may be the machine's; `begin` counts them
     write_ended(run, stage, dict(report, outcome="failed"))
@@ -96,6 +99,17 @@ def scontrol_until_accepted(arguments, attempts=20):
             return
         time.sleep(0.5)
     print(f"supervisor: scontrol {' '.join(arguments)} was refused", file=sys.stderr)
+
+
+def verdicts(run, spec):
+    """What the trainer's watch found in this start: who stalled it, and which ranks were slow."""
+    found = {}
+    for name in ("stall", "slow"):
+        path = (run / spec["checkpoints"]).parent / "watch" / (name + ".json") if spec.get("checkpoints") else None
+        row = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        if row.get("job_id") == os.environ.get("SLURM_JOB_ID") and row.get("restart") == restart_count():
+            found[name] = row
+    return found
 
 
 def newest_step(run, spec):
