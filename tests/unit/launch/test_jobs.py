@@ -13,7 +13,7 @@ from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, par
 from megatron_medllm.config.model import SIZES
 from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch import supervisor
+from megatron_medllm.launch import node, supervisor
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
 from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
@@ -205,6 +205,38 @@ def test_a_node_without_disk_or_gpus_is_unfit(tmp_path: Path) -> None:
     spec = {"gpus_per_node": 0, "check_gpus": True, "min_free_disk_gib": 0}
     assert node_problem(tmp_path, spec) is None
     assert "needed" in (node_problem(tmp_path, {**spec, "min_free_disk_gib": 1e9}) or "")
+
+
+@pytest.mark.parametrize(("gpus", "problem"), [(2, None), (1, "1 usable GPUs, 2 expected"), (0, "0 usable GPUs")])
+def test_a_node_must_have_the_gpus_that_the_job_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, problem: str | None
+) -> None:
+    driver = tmp_path / "nvidia-smi"  # says so many GPUs
+    driver.write_text("#!/bin/sh\n" + "".join(f"echo GPU {n}\n" for n in range(gpus)))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    spec = {"gpus_per_node": 2, "check_gpus": True, "min_free_disk_gib": 0}
+    found = node_problem(tmp_path, spec)
+    assert found is None if problem is None else problem in (found or "")
+    assert node_problem(tmp_path, {**spec, "check_gpus": False}) is None
+
+
+def test_all_nodes_learn_of_an_unfit_one_and_fit_ones_wait_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, spec = RunFiles(tmp_path), {"nodes": 2}
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "")
+    monkeypatch.setattr(node, "allocated_nodes", lambda: ["n1", "n2"])
+    monkeypatch.setattr(node, "CHECK_IN_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "did not check in within 0.2 s"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # another start: the first one's files do not count
+    folder = tmp_path / "launch" / "check-in" / "cpt" / "job0-restart1"
+    write_json(folder / "n2.json", {"problem": "no disk"})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "no disk"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    write_json(folder.with_name("job0-restart2") / "n2.json", {"problem": None})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {}
 
 
 def test_the_supervisor_runs_on_a_bare_python(tmp_path: Path) -> None:
