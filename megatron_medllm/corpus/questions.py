@@ -12,9 +12,9 @@ import numpy as np
 
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.fold import SEPARATOR, fold, join
-from megatron_medllm.corpus.read import match_files
 from megatron_medllm.corpus.shingles import code_points, hash_grams
 from megatron_medllm.errors import UserError
+from megatron_medllm.inputs import match_files
 from megatron_medllm.storage import read_jsonl
 
 GRAM = 13
@@ -50,7 +50,7 @@ def question_files(patterns: list[str]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        paths = [Path(path) for path in match_files(pattern, within="**/*.jsonl")]
+        paths = [Path(path) for path in match_files(pattern, suffixes=[".jsonl"])]
         paths = [path for path in paths if not path.stem.endswith("_metadata")]
         if not paths:
             raise UserError(f"decontaminate.exams: {pattern} matches no question file")

@@ -5,7 +5,6 @@ byte ranges (a line belongs to the range that its first byte lies in), Parquet i
 data set's shard cannot be cut. The cutting never depends on the number of workers.
 """
 
-import glob
 import json
 import os
 import zlib
@@ -17,6 +16,7 @@ import orjson
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.inputs import find_inputs
 
 BATCH_BYTES = 4 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,30 +71,6 @@ class Documents:
             self.lines.append(line)
 
 
-def match_files(pattern: str, *, within: str) -> list[str]:
-    """The files that a path or glob names, sorted; a directory stands for the files `within` it."""
-    found: dict[str, None] = {}
-    for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
-        inside = sorted(glob.glob(os.path.join(glob.escape(match), within), recursive=True))
-        found.update(dict.fromkeys(path for path in inside or [match] if os.path.isfile(path)))
-    return list(found)
-
-
-def find_inputs(name: str, source: SourceConfig) -> list[str]:
-    """The files of a source, sorted within each pattern.
-
-    Raises:
-        UserError: a pattern matches nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in source.paths:
-        matches = [pattern] if os.path.isfile(pattern) else match_files(pattern, within="**")
-        if not matches:
-            raise UserError(f"sources.{name}.paths: {pattern} matches no file")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
 def plan_units(name: str, source: SourceConfig, *, first_number: int, chunk_bytes: int) -> list[Unit]:
     """Cut a source into units of about `chunk_bytes` of input."""
     if source.dataset is not None:
@@ -110,7 +86,7 @@ def plan_units(name: str, source: SourceConfig, *, first_number: int, chunk_byte
             pending.clear()
             pending_bytes = 0
 
-    for path in find_inputs(name, source):
+    for path in find_inputs(source.paths, field=f"sources.{name}.paths"):
         for piece, size in _file_pieces(name, source, path, chunk_bytes):
             if pending_bytes + size > chunk_bytes:
                 flush()

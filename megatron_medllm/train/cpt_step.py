@@ -1,5 +1,6 @@
 """Continued pretraining: packed rows, token-mean loss."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import astuple
@@ -20,7 +21,9 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.parallel.runtime import Runtime
-from megatron_medllm.storage import digest_value
+from megatron_medllm.storage import digest_value, write_json
+
+log = logging.getLogger(__name__)
 
 
 class CptStep:
@@ -59,10 +62,19 @@ class CptStep:
             config, blend, seed=run.seed, loss_after=loss_after, cache_dir=output_dir / "index-cache"
         )
         self._rows = training_rows(settings, self._starts[-1])
-        self._validation = validation_rows(settings, blend)
+        self._validation, held_out = validation_rows(settings, blend)
+        if config.validate_every_steps and not self._validation:
+            held_out.require("give the split a larger validation share, or set validate_every_steps=0")
+            raise UserError("validate_every_steps is set, but the corpora's split holds nothing out for validation")
+        if runtime.is_main:
+            write_json(output_dir / "account.json", held_out.to_json())
+            for line in held_out.losses():
+                log.warning("validation: %s", line)
         sources = list(zip(blend.names, blend.weights, strict=True))
         # What decides which rows a step reads: a run that differs in it must not go on from this one's checkpoints.
-        self.rows_digest = digest_value([run.seed, config.sequence_length, sources, blend.tokens, self._batch_sizes])
+        self.rows_digest = digest_value(
+            [run.seed, config.sequence_length, sources, blend.tokens, blend.digest, self._batch_sizes]
+        )
 
     @property
     def stream_length(self) -> int:
