@@ -23,6 +23,8 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.state import verify
 
+OVERLAPS = {"overlap_grad_reduce": "on", "overlap_param_gather": "on"}
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -57,8 +59,8 @@ def test_twenty_kills_change_nothing(tiny_world, tmp_path):
         "checkpoint": {"every_steps": 2, "keep": 3, "async_save": True},
     }
     recipes = [
-        write_recipe(cpt_settings(tiny_world, tmp_path / name, cpt=settings), tmp_path / f"{name}.yaml")
-        for name in ("whole", "killed")
+        write_recipe(cpt_settings(tiny_world, tmp_path / name, cpt=settings, layout=layout), tmp_path / f"{name}.yaml")
+        for name, layout in (("whole", {}), ("killed", OVERLAPS))
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", REPOSITORY / "tests" / "e2e" / "killed_runs.py", *recipes, "20"],
@@ -127,7 +129,7 @@ def test_a_full_disk_costs_a_checkpoint_only(tiny_world, tmp_path, reference, mo
         return namedtuple("Usage", "free")(0) if len(asked) == 1 else usage(path)
 
     checkpoint = {"every_steps": 2, "keep": 10, "async_save": in_background}
-    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}))
+    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}, layout=OVERLAPS))
     monkeypatch.setattr(shutil, "disk_usage", full_at_first)
     assert train(run) == 0
     assert "THE CHECKPOINT OF STEP 2 COULD NOT BE WRITTEN: it takes 0.00 GB, more than the disk has left" in caplog.text
@@ -139,7 +141,7 @@ def test_a_full_disk_costs_a_checkpoint_only(tiny_world, tmp_path, reference, mo
 @pytest.mark.parametrize("in_background", [False, True])
 def test_writers_that_fail_leave_nothing_and_the_last_save_must_succeed(tiny_world, tmp_path, caplog, in_background):
     checkpoint = {"every_steps": 2, "keep": 10, "async_save": in_background}
-    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}))
+    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}, layout=OVERLAPS))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond fails, as on a full disk
     try:
