@@ -18,7 +18,12 @@ class ProcessId:
     @classmethod
     def own(cls) -> "ProcessId":
         """This process."""
-        return cls(host_name(), os.getpid(), _started(os.getpid()))
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> "ProcessId":
+        """A process of this host."""
+        return cls(host_name(), pid, _started(pid))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"

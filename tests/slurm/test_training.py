@@ -11,10 +11,10 @@ from local_slurm import LocalSlurm, ended, starts
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.launch.jobs import RunFiles
-from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.recipe_jobs import recipe_jobs, submit_bench
 from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.launch.submit import submit
-from megatron_medllm.recipe import recipe_stages, submit_bench
+from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import read_json, read_jsonl
 
 STEPS = 50

@@ -16,11 +16,11 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.launch import node, supervisor
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
-from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
+from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs, submit_bench, submit_recipe
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
 from megatron_medllm.launch.submit import check_chain, submission_report, submit
-from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
+from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import write_json
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
