@@ -7,6 +7,7 @@ modification time and *change* time. The last cannot be set back by whoever edit
 """
 
 import os
+import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,9 @@ from megatron_medllm.storage import digest_file, read_json, write_json
 _THREADS = 8  # one does not saturate a file system that is worth a 72B model
 _SETTLED_S = 2.0  # a file changed later than this before it was read may change again within the clock's resolution
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken")
+_OF_TOKENIZERS = re.compile(
+    r"^(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges)|\.(tiktoken|model|jinja)$"
+)
 _CORPUS_SUFFIXES = (".bin", ".idx")
 
 
@@ -73,8 +77,11 @@ def input_files(entry: Input) -> list[Path]:
             return [path for folder in paths for path in _folder_files(folder, entry.setting, _MODEL_SUFFIXES)]
         case InputKind.CORPUS:
             return [path for folder in paths for path in _folder_files(folder, entry.setting, ("manifest.json",))]
-        case InputKind.TOKENIZER | InputKind.FOLDER:
-            # A name on the hub, of a data set or of a shipped prompt is no path: the setting itself tells of it.
+        # A name on the hub, of a data set or of a shipped prompt is no path: the setting itself tells of it.
+        case InputKind.TOKENIZER:
+            named = [path for path in paths if path.exists()]
+            return [file for path in named for file in ([path] if path.is_file() else _tokenizer_files(path))]
+        case InputKind.FOLDER:
             return [Path(file) for path in paths if path.exists() for file in match_files(path)]
         case InputKind.FILE:
             missing = [path for path in paths if not path.is_file()]
@@ -109,6 +116,11 @@ def _folder_files(folder: Path, setting: str, suffixes: tuple[str, ...]) -> list
     if not found:
         raise UserError(f"{setting}: {folder}: holds no {' or '.join(suffixes)}")
     return found
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's own files: it may lie in a model's directory, whose weights do not matter to it."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _OF_TOKENIZERS.search(path.name))
 
 
 class DigestMemory:

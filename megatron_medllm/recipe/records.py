@@ -34,6 +34,16 @@ def key_parts(stage: Stage, keys: dict[str, str], settings: dict[str, Any], inpu
     }
 
 
+def recipe_parts(stages: list[Stage], settings: dict[str, Any], inputs: dict[str, dict[str, str]]) -> dict[str, Parts]:
+    """The parts of every stage by its name; `inputs` are each stage's digests by path."""
+    found: dict[str, Parts] = {}
+    keys: dict[str, str] = {}
+    for stage in stages:
+        found[stage.name] = key_parts(stage, keys, settings, inputs[stage.name])
+        keys[stage.name] = stage_key(found[stage.name])
+    return found
+
+
 def _setting(settings: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         settings = (settings or {}).get(part)

@@ -29,7 +29,7 @@ from megatron_medllm.progress import FILE_VARIABLE
 from megatron_medllm.provenance import environment
 from megatron_medllm.recipe.inputs import DigestMemory, input_digests
 from megatron_medllm.recipe.owner import Owner, owning
-from megatron_medllm.recipe.records import Parts, Record, key_parts, stage_key
+from megatron_medllm.recipe.records import Parts, Record, recipe_parts, stage_key
 from megatron_medllm.recipe.stages import Stage, recipe_stages
 from megatron_medllm.storage import read_json, write_json
 
@@ -58,20 +58,17 @@ def _run_stages(run: RunConfig, stop: "StopSignals", owner: Owner, console: Cons
     config_path.write_text(yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False))
     write_json(run.run_dir / "environment.json", environment())
     stages = recipe_stages(run, config_path)
-    inputs = _input_digests(run, stages, console)
-    settings, keys = run.model_dump(mode="json"), dict[str, str]()
+    parts = recipe_parts(stages, run.model_dump(mode="json"), _input_digests(run, stages, console))
     with _stage_progress(console) as bars:
         overall = bars.add_task(f"[bold]{run.name}", total=len(stages), note="")
         for stage in stages:
-            parts = key_parts(stage, keys, settings, inputs[stage.name])
-            keys[stage.name] = stage_key(parts)
             record = Record(run.run_dir / "stages" / f"{stage.name}.json")
-            if record.is_done(keys[stage.name], stage.outputs):
+            if record.is_done(stage_key(parts[stage.name]), stage.outputs):
                 console.print(f"[dim]✓ {stage.name}: done before[/]")
             else:
-                for change in record.changes(parts):
+                for change in record.changes(parts[stage.name]):
                     console.print(f"[yellow]↻[/] {stage.name}: {change}", soft_wrap=True)
-                status = _run_stage(stage, parts, record, run, bars=bars, stop=stop, owner=owner)
+                status = _run_stage(stage, parts[stage.name], record, run, bars=bars, stop=stop, owner=owner)
                 if status:
                     return _report_failure(stage, status, run, console)
                 console.print(f"[green]✓[/] {stage.name}: {record.seconds():.1f} s")
