@@ -12,13 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE
 from megatron_medllm.launch.jobs import RunFiles, read_specification
-from megatron_medllm.processes import host_name
+from megatron_medllm.processes import ProcessId, host_name
 from megatron_medllm.storage import read_json, write_json
 
 # Ranks that are still saving when another one has already left get this long before they are killed.
@@ -27,6 +28,8 @@ RENDEZVOUS_TIMEOUT_S = 600
 # Containers may take minutes to start, and not the same on all nodes.
 CHECK_IN_TIMEOUT_S = 600.0
 CHECK_IN_POLL_S = 0.5
+# A stalled rank gets this long to write its stack.
+STACK_WAIT_S = 10.0
 PORT_BASE, PORT_RANGE = 20_000, 10_000
 
 
@@ -46,7 +49,33 @@ def main(run: Path, stage: str) -> int:
         return run_once(spec["command"], logs)
     checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
     status = run_ranks(checks, spec, logs / "health", port_offset=0)
-    return status or run_ranks(spec["command"], spec, logs, port_offset=1)
+    if status:
+        return status
+    if spec["checkpoints"]:
+        verdict = files.run / spec["checkpoints"] / ".." / "watch" / "stall.json"
+        threading.Thread(target=end_stalled_ranks, args=(verdict,), daemon=True).start()
+    return run_ranks(spec["command"], spec, logs, port_offset=1)
+
+
+def end_stalled_ranks(verdict: Path) -> None:
+    """Wait for a verdict of this start's watch; the ranks of this node that it names leave their stack and are killed.
+
+    Without it a stopped rank that is alone on its node would keep the agent waiting for it (train/watch.py).
+    """
+    while not (verdict.is_file() and is_of_this_start(found := read_json(verdict))):
+        time.sleep(CHECK_IN_POLL_S)
+    silent = found["ranks"] if found["kind"] == "silent" else []
+    processes = [ProcessId(row["host"], row["pid"], row["started"]) for row in silent]
+    for number, pause_s in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, STACK_WAIT_S), (signal.SIGKILL, 0.0)):
+        for process in processes:
+            process.signal(number)
+        time.sleep(pause_s)
+
+
+def is_of_this_start(row: dict[str, Any]) -> bool:
+    """Whether a file of the trainer's watch was written in this start of this job."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return (row["job_id"], row["restart"]) == (os.environ.get("SLURM_JOB_ID"), restart)
 
 
 def unfit_nodes(files: RunFiles, stage: str, spec: dict[str, Any], problem: str | None) -> dict[str, str]:

@@ -280,4 +280,6 @@ def flight_record(device: torch.device) -> bytes:
     TORCH_FR_BUFFER_SIZE (TORCH_NCCL_TRACE_BUFFER_SIZE before torch 2.9) says how many; slurm/env.sh sets it.
     """
     c10d = torch._C._distributed_c10d
-    return c10d._dump_nccl_trace() if device.type == "cuda" else c10d._dump_fr_trace()
+    if device.type == "cuda":
+        return c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+    return c10d._dump_fr_trace()  # type: ignore[attr-defined]
