@@ -4,6 +4,7 @@ A stage's *key* is a digest of what its result depends on: its command, settings
 stages before it. The parts are kept beside it, so that a change can be named.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ def key_parts(stage: Stage, keys: dict[str, str], settings: dict[str, Any], inpu
         settings: the whole resolved configuration, JSON-able.
         inputs: digest by path of its input files.
     """
+    settings = _without(settings, stage.but)
     return {
         "version": __version__,
         "command": digest_value(stage.arguments),
@@ -42,6 +44,15 @@ def recipe_parts(stages: list[Stage], settings: dict[str, Any], inputs: dict[str
         found[stage.name] = key_parts(stage, keys, settings, inputs[stage.name])
         keys[stage.name] = stage_key(found[stage.name])
     return found
+
+
+def _without(settings: dict[str, Any], dotted: tuple[str, ...]) -> dict[str, Any]:
+    """A copy without these settings."""
+    kept = copy.deepcopy(settings)
+    for name in dotted:
+        section, _, key = name.rpartition(".")
+        (_setting(kept, section) or {}).pop(key, None)
+    return kept
 
 
 def _setting(settings: Any, dotted: str) -> Any:

@@ -30,8 +30,9 @@ class Stage:
     """One arrow of the data's way.
 
     `config` is the recipe that the command reads, None for a command that reads none; `operands` and `overrides` stand
-    before and behind it. `settings` names the configuration's sections that the result depends on, `inputs` the files
-    that no stage makes, `after` the stages whose results it reads. `outputs` are removed when the stage is redone.
+    before and behind it. `settings` names the configuration's sections that the result depends on, `but` what in them it
+    does not depend on, `inputs` the files that no stage makes, `after` the stages whose results it reads. `outputs` are
+    removed when the stage is redone.
     `trains` is the training, if it is one, which writes into the first of the outputs; `engine` generates text.
     """
 
@@ -39,6 +40,7 @@ class Stage:
     command: Command
     outputs: tuple[Path, ...]
     settings: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
     operands: tuple[str, ...] = ()
     config: Path | None = None
     overrides: tuple[str, ...] = ()
@@ -85,6 +87,9 @@ SCORE_SETTINGS = (
     *("rpo.sequence_length", "rpo.micro_batch_size", "rpo.share_prompt", "rpo.template", "rpo.add_eos"),
     *("rpo.mask_patterns", "rpo.too_long", "rpo.rpo_guard"),
 )
+
+# Settings of a training that leave its weights as they are: changing one, after a stall perhaps, must not undo it.
+OF_THE_RUN_ALONE = ("watch", "checkpoint", "guard.walltime_s", "log_every_steps", "wandb_project")
 
 # What the preference term is compared with: the NLL alone, and DPO alone.
 CONTROLS = {
@@ -207,6 +212,7 @@ class _Recipe:
                 command=Command.TRAIN,
                 trains=trains,
                 settings=(trains, "model", "layout", "seed", "tokenizer"),
+                but=tuple(f"{trains}.{name}" for name in OF_THE_RUN_ALONE),
                 outputs=(output,),
                 overrides=(f"stage={trains}", f"output={output}", *start.overrides, *overrides),
                 inputs=(

@@ -128,6 +128,24 @@ def test_a_changed_input_redoes_exactly_its_dependants(place: Path, tmp_path: Pa
         )
 
 
+@pytest.mark.parametrize(
+    ("setting", "redone"),
+    [
+        ({"watch": {"stall_timeout_s": 900}}, set()),
+        ({"checkpoint": {"every_steps": 7}, "log_every_steps": 5}, set()),
+        ({"guard": {"walltime_s": 60}}, set()),
+        ({"guard": {"loss_spike_factor": 3.0}}, AFTER_RPO),
+        ({"epochs": 2.0}, AFTER_RPO),
+    ],
+    ids=str,
+)
+def test_what_only_the_run_depends_on_redoes_nothing(place: Path, setting: dict, redone: set[str]) -> None:
+    before = parts_of(recipe(place))
+    rpo = {**TRAINING, "pairs": str(place / "pairs.jsonl"), **setting}
+    after = parts_of(recipe(place, rpo=rpo))
+    assert {stage for stage in after if after[stage] != before[stage]} == redone
+
+
 def test_what_a_stage_makes_is_waited_for_and_not_read(place: Path) -> None:
     run = recipe(place, demo={}, eval={"exam": {"name": "m", "data": [str(place / "run" / "world" / "exam")]}})
     stages = {stage.name: stage for stage in recipe_stages(run, Path("config.yaml"))}
