@@ -30,10 +30,10 @@ class Stage:
     """One arrow of the data's way.
 
     `config` is the recipe that the command reads, None for a command that reads none; `operands` and `overrides` stand
-    before and behind it. `settings` names the configuration's sections that the result depends on, `but` what in them it
-    does not depend on, `inputs` the files that no stage makes, `after` the stages whose results it reads. `outputs` are
-    removed when the stage is redone.
-    `trains` is the training, if it is one, which writes into the first of the outputs; `engine` generates text.
+    before and behind it. `settings` names the configuration's sections that the result depends on, and `but` what in
+    them it does not depend on. `inputs` are the files that no stage makes, `after` the stages whose results it reads.
+    `outputs` are removed when the stage is redone. `trains` is the training, if it is one, which writes into the first
+    of the outputs; `engine` generates text.
     """
 
     name: str
