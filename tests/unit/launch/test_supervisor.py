@@ -1,5 +1,7 @@
 """What a job's end is put down to, without a Slurm (tests/slurm has one)."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ SETTINGS = {
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A submitted run with one training; no Slurm answers, so that nothing is requeued."""
     job = StageJob(name="cpt", script="cpt", command=("-c", ""), checkpoints=str(tmp_path / "cpt" / "checkpoints"))
     write_specification(RunFiles(tmp_path), job, SETTINGS)
@@ -26,7 +28,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     refuse.write_text("#!/bin/sh\necho no >&2\nexit 1\n")
     refuse.chmod(0o755)
     monkeypatch.setenv("PATH", f"{refuse.parent}:/usr/bin:/bin")
-    return tmp_path
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)  # its last sentence is not to be cut short; ours may
 
 
 def stall(restart: int) -> dict:
