@@ -73,10 +73,10 @@ def test_a_failing_stage_names_its_log(finished, tmp_path):
     assert "Traceback" not in output
 
 
-def interruptible(directory: Path) -> Path:
+def interruptible(directory: Path, *, steps: int = 60) -> Path:
     """A recipe that trains for a while."""
     settings = small_recipe(directory / "run")
-    settings["base"] |= {"train_tokens": 60 * 512, "checkpoint": {"every_steps": 10}}
+    settings["base"] |= {"train_tokens": steps * 512, "checkpoint": {"every_steps": 10}}
     settings |= {"cpt": None, "pairs": None, "rpo": None, "eval": None}
     return write_recipe(settings, directory / "recipe.yaml")
 
@@ -91,8 +91,6 @@ def test_interrupted_in_training_it_goes_on(tmp_path, number):
     path, metrics = interruptible(tmp_path), tmp_path / "run" / "base" / "metrics.jsonl"
     process = medllm("pipeline", path)
     wait_for(metrics, process)
-    refused, second = run_medllm("pipeline", path)
-    assert refused == 2 and f"medllm pipeline (process {process.pid} on " in second and "Traceback" not in second
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
@@ -105,6 +103,20 @@ def test_interrupted_in_training_it_goes_on(tmp_path, number):
     assert "resuming from" in log
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, 61))
+
+
+def test_a_second_pipeline_is_refused_by_name(tmp_path):
+    path = interruptible(tmp_path, steps=5000)
+    first = medllm("pipeline", path)
+    wait_for(tmp_path / "run" / "owner.json", first)
+    try:
+        status, output = run_medllm("pipeline", path)
+        assert status == 2 and "Traceback" not in output
+        assert f"medllm pipeline (process {first.pid} on " in output and first.poll() is None
+    finally:
+        first.terminate()
+        first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM
 
 
 def test_a_killed_pipelines_training_is_ended_before_the_next_one_begins(tmp_path):
