@@ -46,6 +46,7 @@ from megatron_medllm.train.throughput import StepClock
 log = logging.getLogger(__name__)
 
 _SAMPLE_S = 0.02
+_LONGEST_BEAT_S = 10.0
 _BEAT_BYTES = 256  # of one size, so that a beat on a full disk needs no new block
 _STACK_WAIT_S = 10.0  # for the stacks of the others, before the processes end
 STALL_FILE, SLOW_FILE = "stall.json", "slow.json"
@@ -146,11 +147,11 @@ class Watch:
 
     def _run(self) -> None:
         timeout_s = self._config.stall_timeout_s
-        interval = min(10.0, max(0.1, timeout_s / 20)) if timeout_s else float("inf")
+        interval = min(_LONGEST_BEAT_S, max(0.1, timeout_s / 20))
         now = time.monotonic()
         judge = Judge(self._processes, timeout_s=timeout_s, now=now, gap_s=timeout_s / 2)
         judges = self._rank in judging_ranks(len(self._processes))
-        next_beat = now + interval
+        next_beat = now + interval if timeout_s else float("inf")
         pause = _SAMPLE_S if self._runtime.world_size > 1 else interval
         while not self._ended.wait(pause):
             self._sample()

@@ -10,6 +10,8 @@ import pytest
 from tiny_run import cpt_settings, medllm, metrics, write_recipe
 
 from megatron_medllm.config.cluster import STALLED_EXIT_CODE
+from megatron_medllm.config.run import load
+from megatron_medllm.train.loop import train
 from tests.dist.launch import run_ranks
 
 TIMEOUT_S = 5.0
@@ -66,6 +68,13 @@ def test_a_rank_that_hangs_outside_a_collective_is_named(tiny_world, tmp_path):
     assert "slow_forward" in (watch / "rank-00001.stack.txt").read_text()
     assert "slow_forward" not in (watch / "rank-00000.stack.txt").read_text()
     assert (watch / "rank-00000.flight-recorder.pickle").stat().st_size > 0
+
+
+def test_without_a_timeout_one_process_trains_and_leaves_no_verdict(tiny_world, tmp_path):
+    path = recipe(tiny_world, tmp_path, layout={}, steps=2, stall_timeout_s=0)
+    assert train(load(path, [])) == 0
+    assert [file.name for file in (tmp_path / "cpt" / "watch").iterdir()] == ["rank-00000.json"]
+    assert "slowest_rank" not in (tmp_path / "cpt" / "metrics.jsonl").read_text()  # of one
 
 
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2}], ids=["dp2", "tp2"])
