@@ -52,7 +52,7 @@ def main(run: Path, stage: str) -> int:
     if status:
         return status
     if spec["checkpoints"]:
-        verdict = files.run / spec["checkpoints"] / ".." / "watch" / "stall.json"
+        verdict = (files.run / spec["checkpoints"]).parent / "watch" / "stall.json"
         threading.Thread(target=end_stalled_ranks, args=(verdict,), daemon=True).start()
     return run_ranks(spec["command"], spec, logs, port_offset=1)
 

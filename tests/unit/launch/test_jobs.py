@@ -5,6 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs, submit_be
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
 from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
+from megatron_medllm.processes import ProcessId
 from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import write_json
 
@@ -282,3 +286,29 @@ def test_a_submission_freezes_the_body_of_its_scripts(tmp_path: Path) -> None:
     freeze(files, [StageJob(name="cpt", script="cpt", command=("-c", ""))], ClusterConfig(), "name: x\n")
     body = (tmp_path / "launch" / "stage.sh").read_text()
     assert body == (SCRIPTS / "stage.sh").read_text() and 'srun "${MEDLLM_SRUN[@]}"' in body
+
+
+def test_a_node_ends_the_ranks_that_this_starts_verdict_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process too, after it has written its stack."""
+    monkeypatch.setattr(node, "STACK_WAIT_S", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    stack = tmp_path / "stack.txt"
+    code = (
+        f"import faulthandler, signal, time; stack = open({str(stack)!r}, 'w')\n"
+        "faulthandler.register(signal.SIGUSR2, file=stack); print('ready', flush=True); time.sleep(3600)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline()
+    rank.send_signal(signal.SIGSTOP)
+    row = {"kind": "silent", "ranks": [asdict(ProcessId.of(rank.pid))], "job_id": "7"}
+    verdict = tmp_path / "stall.json"
+    write_json(verdict, {**row, "restart": 0})  # an earlier start's
+    ending = threading.Thread(target=node.end_stalled_ranks, args=(verdict,), daemon=True)
+    ending.start()
+    time.sleep(2 * node.CHECK_IN_POLL_S)
+    assert rank.poll() is None
+    write_json(verdict, {**row, "restart": 1})
+    assert rank.wait(timeout=60) == -signal.SIGKILL
+    assert "line 2" in stack.read_text()
+    ending.join(timeout=60)
