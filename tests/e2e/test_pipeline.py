@@ -81,6 +81,12 @@ def interruptible(directory: Path, *, steps: int = 60) -> Path:
     return write_recipe(settings, directory / "recipe.yaml")
 
 
+def hear_signals() -> None:
+    """In a child: the terminal's signals, which a test run in the background (nohup, &) would inherit as ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def wait_for(path: Path, process) -> None:
     while process.poll() is None and not path.is_file():
         time.sleep(0.02)
@@ -89,7 +95,7 @@ def wait_for(path: Path, process) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_interrupted_in_training_it_goes_on(tmp_path, number):
     path, metrics = interruptible(tmp_path), tmp_path / "run" / "base" / "metrics.jsonl"
-    process = medllm("pipeline", path)
+    process = medllm("pipeline", path, preexec_fn=hear_signals)
     wait_for(metrics, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
