@@ -46,10 +46,11 @@ def run_pipeline(run: RunConfig, *, console: Console) -> int:
     Raises:
         UserError: an input that no stage makes is missing, or another process works on this run.
     """
-    with stop_signals(console) as stop, owning(run.run_dir, "medllm pipeline") as owner:
+    with stop_signals(console) as stop:
         try:
-            return _run_stages(run, stop, owner, console)
-        except KeyboardInterrupt:  # between two stages
+            with owning(run.run_dir, "medllm pipeline") as owner:
+                return _run_stages(run, stop, owner, console)
+        except KeyboardInterrupt:  # while no stage was running
             return stop.status()
 
 

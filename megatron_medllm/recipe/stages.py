@@ -1,7 +1,7 @@
 """The published recipe as a graph of stages: what each runs, reads, makes and trains."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -150,12 +150,8 @@ class _Recipe:
             for entry in stage.inputs
         )
         after = dict.fromkeys([*stage.after, *(maker for maker in makers.values() if maker is not None)])
-        changes = {
-            "config": self.config,
-            "inputs": tuple(entry for entry in inputs if entry.paths),
-            "after": tuple(after),
-        }
-        self._stages.append(Stage(**{**vars(stage), **changes}))
+        kept = tuple(entry for entry in inputs if entry.paths)
+        self._stages.append(replace(stage, config=self.config, inputs=kept, after=tuple(after)))
 
     def _maker(self, path: str) -> str | None:
         """The stage that makes what lies at this path, or matches this glob."""
