@@ -312,3 +312,20 @@ def test_a_node_ends_the_ranks_that_this_starts_verdict_names(tmp_path: Path, mo
     assert rank.wait(timeout=60) == -signal.SIGKILL
     assert "line 2" in stack.read_text()
     ending.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"),
+    [
+        ("{kind: transformers}", 1),
+        ("{kind: vllm, python: /venv/bin/python, tensor_parallel: 4}", 4),
+        ("{kind: openai, url: 'http://n1:8000/v1'}", 0),
+    ],
+)
+def test_an_exam_asks_for_the_gpus_of_its_engine(recipe: Path, tmp_path: Path, engine: str, gpus: int) -> None:
+    recipe.write_text(RECIPE + f"eval: {{exam: {{data: [/lustre/exam]}}, engine: {engine}}}\n")
+    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    assert run.cluster is not None
+    jobs = {job.name: job for job in recipe_jobs(run, recipe_stages(run, Path("c.yaml")), run.cluster)}
+    assert [jobs[name].gpus_per_node for name in ("eval-base", "cpt", "eval-cpt")] == [gpus, 8, gpus]
+    assert (jobs["eval-cpt"].after, jobs["eval-cpt"].processes_per_node) == (("cpt",), 0)
