@@ -56,7 +56,7 @@ def submit(
     force: Annotated[bool, typer.Option("--force", help="submit although the plan does not fit")] = False,
 ) -> None:
     """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
-    from megatron_medllm.recipe import submit_bench, submit_recipe
+    from megatron_medllm.launch.recipe_jobs import submit_bench, submit_recipe
 
     run = load_recipe(config, overrides)
     if bench is not None:

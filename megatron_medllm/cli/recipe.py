@@ -11,9 +11,12 @@ from megatron_medllm.errors import UserError
 
 def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Run the whole recipe; a second run skips what is done."""
-    from megatron_medllm.pipeline import run_pipeline
+    from megatron_medllm.launch.status import refuse_queued
+    from megatron_medllm.recipe.runner import run_pipeline
 
-    raise typer.Exit(run_pipeline(load_recipe(config, overrides), console=console))
+    run = load_recipe(config, overrides)
+    refuse_queued(run.run_dir)
+    raise typer.Exit(run_pipeline(run, console=console))
 
 
 def demo(config: Config, overrides: Overrides = None) -> None:

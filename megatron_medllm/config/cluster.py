@@ -11,6 +11,8 @@ from megatron_medllm.config.base import Section
 REQUEUE_EXIT_CODE = 85
 # A node that failed its health check: run the job again, elsewhere.
 UNFIT_NODE_EXIT_CODE = 86
+# A rank held the others up: its name, and every rank's stack, are in the stage's folder `watch`.
+STALLED_EXIT_CODE = 87
 
 
 class ClusterConfig(Section):

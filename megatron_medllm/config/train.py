@@ -69,6 +69,20 @@ class GuardConfig(Section):
     )
 
 
+class WatchConfig(Section):
+    """Ranks that stop answering, and ranks that are slower than the others."""
+
+    stall_timeout_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="a rank silent, or no micro-batch begun on any rank, for so long ends the run; 0: off",
+    )
+    slow_factor: float = Field(
+        default=1.5, gt=1, description="slow: a rank whose own time of a step is above this x the median of the others"
+    )
+    slow_steps: int = Field(default=20, gt=0, description="steps over which a rank must be slow to be named")
+
+
 class TrainConfig(Section):
     """What CPT and RPO share."""
 
@@ -83,6 +97,7 @@ class TrainConfig(Section):
     fp8_recipe: Fp8Recipe = Field(default="blockwise", description="how FP8 is scaled; torch backend: blockwise")
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
     log_every_steps: int = Field(default=1, gt=0)
     validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
     validation_batches: int = Field(default=8, gt=0, description="of every source's held-out share, at most")
