@@ -94,6 +94,7 @@ def build_optimizer(
             exp_avg_sq_dtype=moments,
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]

@@ -83,6 +83,7 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         distributed_timeout_minutes=timeout_s / 60,  # of every group; upstream's own 30 minutes otherwise
+        create_gloo_process_groups=False,  # beside NCCL's, for gathers that we do not make; one would keep 30 minutes
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
