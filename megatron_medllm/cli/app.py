@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from megatron_medllm.cli import checkpoints, cluster, recipe
 from megatron_medllm.cli.bench import bench_app
 from megatron_medllm.cli.corpus import corpus_app
+from megatron_medllm.cli.examples import examples
 from megatron_medllm.cli.exams import eval_app
 from megatron_medllm.errors import UserError
 
@@ -34,6 +35,7 @@ _COMMANDS = {
     "pairs": recipe.pairs,
     "report": recipe.report,
     "schema": recipe.schema,
+    "examples": examples,
     "import": checkpoints.import_,
     "export": checkpoints.export,
     "verify": checkpoints.verify,

@@ -1,12 +1,11 @@
 """A stage's batch script: the file in slurm/ with its `#SBATCH` lines filled in. The commands below them stay as is."""
 
-from pathlib import Path
-
 from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
+from megatron_medllm.shipped import shipped
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+SCRIPTS = shipped("slurm")
 # Slurm may deliver the signal up to a minute late; the trainer finishes its step and saves, twice as long as planned.
 SIGNAL_SLACK_S = 90
 TIME_SAFETY = 1.3
@@ -64,11 +63,11 @@ def render_script(script: str, options: list[str]) -> str:
     """The text of slurm/`script`.sbatch with `options` in place of its own.
 
     Raises:
-        UserError: there is no such script (the package was installed without its checkout).
+        UserError: there is no such script.
     """
     path = SCRIPTS / f"{script}.sbatch"
     if not path.is_file():
-        raise UserError(f"{path}: no such batch script; run `medllm submit` from a checkout of the project")
+        raise UserError(f"{path}: no such batch script")
     lines = path.read_text(encoding="utf-8").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
     body = [line for line in lines[first:] if not line.startswith("#SBATCH")]

@@ -101,7 +101,12 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
         write_specification(files, job, settings)
     files.cancelled.unlink(missing_ok=True)
     shutil.rmtree(files.unfit_nodes, ignore_errors=True)
-    for path, content in ((files.config, config_text.encode()), (files.launch / "env.sh", env_file.read_bytes())):
+    frozen = {
+        files.config: config_text.encode(),
+        files.launch / "env.sh": env_file.read_bytes(),
+        files.launch / "stage.sh": (SCRIPTS / "stage.sh").read_bytes(),
+    }
+    for path, content in frozen.items():
         with atomic_write(path) as stream:
             stream.write(content)
     write_json(files.launch / "source.json", git_state())

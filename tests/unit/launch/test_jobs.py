@@ -19,7 +19,7 @@ from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_po
 from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
-from megatron_medllm.launch.submit import check_chain, submission_report, submit
+from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
 from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
 from megatron_medllm.storage import write_json
 
@@ -76,7 +76,7 @@ def test_every_script_renders_and_keeps_its_commands() -> None:
         text = render_script(path.stem, ["--nodes=3"])
         commands = [line for line in path.read_text().splitlines() if not line.startswith("#SBATCH")]
         assert [line for line in text.splitlines() if line != "#SBATCH --nodes=3"] == commands
-        assert text.startswith("#!") and text.index("--nodes=3") < text.index("set -uo pipefail")
+        assert text.startswith("#!") and text.index("--nodes=3") < text.index("stage.sh")
     with pytest.raises(UserError, match="no such batch script"):
         render_script("nowhere", [])
 
@@ -128,7 +128,7 @@ def test_every_example_renders(example: Path, tmp_path: Path) -> None:
     printed = submit_recipe(run, stages=None, dry_run=True, force=False)
     scripts = printed.split("# ---- ")[1:]
     assert [text.split(".sbatch")[0] for text in scripts] == [s.name for s in recipe_stages(run, Path("config.yaml"))]
-    assert all("srun" in text and "#SBATCH --time=" in text for text in scripts)
+    assert all("launch/stage.sh" in text and "#SBATCH --time=" in text for text in scripts)
     assert not (tmp_path / "run").exists()
 
 
@@ -243,3 +243,10 @@ def test_the_status_of_a_running_training_counts_its_own_steps(tmp_path: Path) -
     counted = stage_status(files, "rpo", "7", ("RUNNING", "None"))
     assert (counted.total_steps, counted.eta_s) == (75, 90.0)
     assert status_report([counted]).splitlines()[1].split() == ["rpo", "7", "running", "30/75", "10", "0:01:30", "0"]
+
+
+def test_a_submission_freezes_the_body_of_its_scripts(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    freeze(files, [StageJob(name="cpt", script="cpt", command=("-c", ""))], ClusterConfig(), "name: x\n")
+    body = (tmp_path / "launch" / "stage.sh").read_text()
+    assert body == (SCRIPTS / "stage.sh").read_text() and 'srun "${MEDLLM_SRUN[@]}"' in body
