@@ -61,7 +61,7 @@ class StateWriter:
         if not wait:
             local = _copied(local)
         self._directory, self._common = directory, local.common
-        self._job = self._thread.submit(_write, local.pieces, directory, dist.get_rank())
+        self._job = self._thread.submit(_write, local.pieces, directory, dist.get_rank(), are_copies=not wait)
         if wait:
             self.finished(block=True)
 
@@ -114,7 +114,7 @@ class StateWriter:
 def _copied(local: LocalState) -> LocalState:
     """The same with the tensors copied to host memory, which training does not change."""
     pieces = [
-        replace(piece, data=piece.data.to("cpu", copy=True)) if isinstance(piece.data, Tensor) else piece
+        replace(piece, data=_host_copy(piece.data)) if isinstance(piece.data, Tensor) else piece
         for piece in local.pieces
     ]
     return replace(local, pieces=pieces)
@@ -140,7 +140,7 @@ class _HashedStream:
         """`torch.save` calls it behind every tensor; the file is flushed once, at its end."""
 
 
-def _write(pieces: list[Piece], directory: Path, rank: int) -> _Written:
+def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool) -> _Written:
     """Write the pieces into this rank's file and flush it to the disk."""
     written = _Written()
     if not pieces:
@@ -156,7 +156,7 @@ def _write(pieces: list[Piece], directory: Path, rank: int) -> _Written:
                 if isinstance(piece.data, Tensor):
                     sizes = tuple(piece.data.shape)
                     written.tensors[piece.key] = (piece.global_shape, piece.data.dtype)
-                    torch.save(_alone(piece.data), stream)
+                    torch.save(piece.data if are_copies else _host_copy(piece.data), stream)
                 else:
                     stream.write(piece.data)
                 written.items.append(Item(piece.key, piece.offsets, sizes, name, start, stream.bytes - start, None))
@@ -168,7 +168,6 @@ def _write(pieces: list[Piece], directory: Path, rank: int) -> _Written:
     return written
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU with no more storage than its own, as all of a storage is saved."""
-    host = tensor.cpu()
-    return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()
+def _host_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, with a storage of its own: `torch.save` writes the whole of a storage."""
+    return tensor.to("cpu", copy=True)

@@ -17,6 +17,8 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.planner.host_memory import saved_share_bytes
+from megatron_medllm.planner.workload import Workload
 from tests.dist.launch import next_rendezvous
 
 # Odd widths: a data-parallel rank's range of a parameter starts and ends inside a row.
@@ -81,6 +83,11 @@ def round_trip(directory: Path, layouts: dict[str, Any]) -> None:
         before = [tensor.detach().clone() for tensor in own_tensors(optimizer)]
         pieces = mcore.local_state(mcore.sharded_state(chunks, optimizer, is_loading=False)).pieces
         state_bytes = sum(p.data.nbytes for p in pieces if p.key.startswith("optimizer.state"))
+        if ranks.tp_rank == ranks.pp_rank == 0:  # the fullest: the planner's line is what a copy of its share takes
+            workload = Workload(shape=SHAPE, layout=LayoutConfig(**layout), overlap_grad_reduce=False)
+            planned = saved_share_bytes(workload, stage=0)[ranks.dp_rank]
+            share = sum(p.data.nbytes for p in pieces if isinstance(p.data, Tensor))
+            assert abs(share - planned) < 0.01 * planned, (share, planned)
         writer = save(chunks, optimizer, directory / name, wait=False)
         with torch.no_grad():
             for tensor in own_tensors(optimizer):
@@ -141,9 +148,9 @@ def slow_disk(directory: Path) -> None:
     assert len(groups) > 5 and timeouts == {timeout_s}, timeouts
     write = state_writer._write
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any, **settings: Any) -> Any:
         time.sleep(2.5 * timeout_s if ranks.rank == 1 else 0)
-        return write(*arguments)
+        return write(*arguments, **settings)
 
     state_writer._write = slowly
     save(chunks, optimizer, directory / "slow")
