@@ -56,7 +56,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     start_ranks_if_needed(run.layout)
     from megatron_medllm.train.scoring import score as score_pairs
 
-    console.print(f"reference log-probabilities in {score_pairs(run)}")
+    print_text(f"reference log-probabilities in {score_pairs(run)}")
 
 
 def pairs(config: Config, overrides: Overrides = None) -> None:
@@ -81,7 +81,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `m
     from megatron_medllm.evaluation.run_report import build_report, table
 
     console.print(table(build_report(run_dir)))
-    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+    print_text(f"report: {run_dir / 'report.html'}")
 
 
 def schema() -> None:
