@@ -46,7 +46,7 @@ class Bounds:
     truth_tensors: float | None  # None: not comparable
 
 
-EXACT = Bounds(1e-5, 1e-5, 1e-4, 1e-5, truth_numbers=1e-5, truth_tensors=1e-4)
+EXACT = Bounds(1e-5, 1e-5, 1e-4, 1e-5, truth_numbers=1e-5, truth_tensors=1e-5)
 # A sum in another order moves an activation to the next FP8 value now and then, one in sixteen away.
 FP8 = Bounds(2e-3, 5e-2, 1e-1, 1e-2, truth_numbers=5e-2, truth_tensors=None)
 NF4 = Bounds(1e-5, 1e-5, 1e-4, 1e-5, truth_numbers=1e-1, truth_tensors=None)
