@@ -25,7 +25,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import open_engine
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.inference.protocol import Engine, Request, request_seed
-from megatron_medllm.models.qwen25 import DTYPES
+from megatron_medllm.models.config import DTYPES
 from megatron_medllm.parallel import runtime
 from megatron_medllm.preference.pairs import training_questions
 from megatron_medllm.preference.sampling import sampling_requests

@@ -1,4 +1,4 @@
-"""Qwen2.5 as a Megatron-Core GPTModel: shape -> TransformerConfig -> layer spec -> model chunks.
+"""Qwen2.5 over packed sequences: Megatron-Core's GPTModel with our positions and our head.
 
 t: tokens of the packed stream, h: hidden size, hn: width of a head, v: padded vocabulary.
 
@@ -7,215 +7,24 @@ documents restart and a response continues from a shared prompt. And the last st
 from a fused head instead of logits, which are never made.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from megatron_medllm.config.layout import LayoutConfig, padded_vocab_size
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import Fp8Recipe
-from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
-from megatron_medllm.models.attention import PackedAttention
-from megatron_medllm.models.fp8_linears import BLOCK, FP8ColumnParallelLinear, FP8RowParallelLinear
+from megatron_medllm.models.config import transformer_config
+from megatron_medllm.models.layer_spec import block_spec
 from megatron_medllm.parallel.packed import PackedSequences
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def padded_ffn_size(shape: ModelShape, layout: LayoutConfig, model: ModelConfig, *, fp8_weights: bool) -> int:
-    """The FFN's width as built: zeros fill it up so that every rank's slice is whole FP8 blocks (72B: 29568 -> 29696).
-
-    The zeros stay: silu(0) * 0 = 0, so neither the padded rows of gate and up nor the padded columns behind them ever
-    get a gradient. Weights are read without them and exported without them.
-
-    Raises:
-        UserError: `model.ffn_multiple` leads to a width that `layout.tp` does not divide.
-    """
-    multiple = model.ffn_multiple or (BLOCK * layout.tp if fp8_weights else 1)
-    size = -(-shape.ffn_hidden_size // multiple) * multiple
-    if size % layout.tp:
-        raise UserError(f"model.ffn_multiple={multiple}: layout.tp={layout.tp} does not divide the padded FFN, {size}")
-    return size
-
-
-def transformer_config(
-    shape: ModelShape,
-    layout: LayoutConfig,
-    model: ModelConfig,
-    *,
-    fp8: Fp8Recipe | None = None,
-    fp8_weights: bool = False,
-) -> TransformerConfig:
-    """The one place that builds Megatron-Core's configuration. Arguments as in `build_model`.
-
-    Raises:
-        UserError: the layout does not divide the model, the backend does not know the FP8 recipe, or it is not there.
-    """
-    layout.check_model(shape)
-    dtype = DTYPES[model.dtype]
-    te = model.backend == "te"
-    if te:
-        _need_transformer_engine()
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        ffn_hidden_size=padded_ffn_size(shape, layout, model, fp8_weights=fp8_weights or fp8 is not None),
-        kv_channels=shape.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        init_method_std=model.init_std,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,  # weights are read, or drawn by `initialize_weights`
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        attention_softmax_in_fp32=True,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.sp,
-        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
-        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
-        # Interleaved stages with the default pair of these two corrupt the loss without an error.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        # Interleaved stages overlap their sends; freeing an output still being sent corrupts gradients silently.
-        deallocate_pipeline_outputs=layout.vpp == 1,
-        calculate_per_token_loss=True,
-        # On CUDA compiled by torch, with or without TE: reads gate and up once, and keeps nothing but them.
-        bias_activation_fusion=torch.cuda.is_available(),
-        bias_dropout_fusion=te,
-        apply_rope_fusion=te,
-        masked_softmax_fusion=False,
-        persist_layer_norm=te,
-        gradient_accumulation_fusion=False,
-        **_recompute(layout),
-        **_te_fp8(model, fp8),
-    )
-
-
-def _need_transformer_engine() -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise UserError("model.backend=te: Transformer Engine is not installed; model.backend=torch does without it")
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    if not HAVE_TE:  # Megatron-Core swallows the error and goes on with a mock
-        raise UserError(
-            "model.backend=te: Transformer Engine is installed, but megatron-core could not import it; see "
-            "`python -c 'import transformer_engine.pytorch'`"
-        )
-
-
-def _te_fp8(model: ModelConfig, fp8: Fp8Recipe | None) -> dict[str, Any]:
-    """Transformer Engine's settings. The torch backend needs none: its spec holds FP8 linears."""
-    if fp8 is None:
-        return {}
-    if model.backend == "torch":
-        if fp8 != "blockwise":
-            raise UserError(f"fp8_recipe={fp8} needs model.backend=te; the torch backend's FP8 is blockwise")
-        return {}
-    # With a scale a block, e4m3's range is enough for gradients too; the others need e5m2's ("hybrid").
-    return {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
-
-
-def _recompute(layout: LayoutConfig) -> dict[str, Any]:
-    if layout.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if layout.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) that also works under sequence parallelism.
-
-    There its weight sees a slice of the sequence only, so its gradient is summed over the tensor-parallel group;
-    the mark on the weight asks Megatron-Core for that.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-def torch_layer_spec(*, fp8: bool = False) -> ModuleSpec:
-    """A transformer layer of Megatron-Core's own linears (or their FP8 form), torch's norm and our packed attention."""
-    column = FP8ColumnParallelLinear if fp8 else tensor_parallel.ColumnParallelLinear
-    row = FP8RowParallelLinear if fp8 else tensor_parallel.RowParallelLinear
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column,
-                    core_attention=PackedAttention,
-                    linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-            # Both backends write Transformer Engine's checkpoint keys, so that either loads the other's.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
-    )
-
-
-def block_spec(
-    config: TransformerConfig, backend: str, vp_stage: int | None, *, fp8: bool = False
-) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage (and virtual stage) builds, and the final norm."""
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    if backend == "te":
-        from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        if config.context_parallel_size > 1:  # TE's attention would split every document over the ranks evenly
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        return TransformerBlockSubmodules([layer] * count, TENorm)
-    return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8)] * count, RMSNorm)
 
 
 class Qwen25Model(GPTModel):

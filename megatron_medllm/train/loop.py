@@ -13,7 +13,7 @@ from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.data.ledger import Ledger
 from megatron_medllm.errors import UserError
-from megatron_medllm.models.qwen25 import DTYPES
+from megatron_medllm.models.config import DTYPES
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.progress import progress

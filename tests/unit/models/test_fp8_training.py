@@ -102,7 +102,7 @@ def padding(model: Any) -> list[Tensor]:
     [("72b", 8, 29696), ("72b", 4, 29696), ("72b", 1, 29568), ("7b", 8, 19456), ("7b", 4, 18944)],
 )
 def test_width_of_a_padded_ffn(size: str, tp: int, width: int):
-    from megatron_medllm.models.qwen25 import padded_ffn_size
+    from megatron_medllm.models.config import padded_ffn_size
 
     model, layout = ModelConfig(size=size), LayoutConfig(tp=tp)
     assert padded_ffn_size(SIZES[size], layout, model, fp8_weights=True) == width
@@ -112,7 +112,7 @@ def test_width_of_a_padded_ffn(size: str, tp: int, width: int):
 
 
 def test_a_multiple_that_tp_does_not_divide_is_refused():
-    from megatron_medllm.models.qwen25 import padded_ffn_size
+    from megatron_medllm.models.config import padded_ffn_size
 
     with pytest.raises(UserError, match=r"model\.ffn_multiple=29569: layout\.tp=8 does not divide .* 29569"):
         padded_ffn_size(SIZES["72b"], LayoutConfig(tp=8), ModelConfig(size="72b", ffn_multiple=29569), fp8_weights=True)
@@ -219,7 +219,7 @@ def test_slices_that_are_not_whole_blocks_are_refused():
 
 
 def test_recipes_and_backends():
-    from megatron_medllm.models.qwen25 import _te_fp8
+    from megatron_medllm.models.config import _te_fp8
 
     te, ours = (ModelConfig(size="7b", backend=backend) for backend in ("te", "torch"))
     assert _te_fp8(te, None) == _te_fp8(ours, None) == _te_fp8(ours, "blockwise") == {}
@@ -235,7 +235,7 @@ def test_recipes_are_megatrons():
     from megatron.core.enums import Fp8Recipe
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_medllm.models.qwen25 import _te_fp8
+    from megatron_medllm.models.config import _te_fp8
 
     for recipe in get_args(Recipe):
         settings = _te_fp8(ModelConfig(size="7b", backend="te"), recipe)
@@ -246,7 +246,7 @@ def test_recipes_are_megatrons():
 def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     import importlib.util
 
-    from megatron_medllm.models.qwen25 import transformer_config
+    from megatron_medllm.models.config import transformer_config
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Transformer Engine is not installed; model\.backend=torch"):
@@ -258,7 +258,7 @@ def test_a_backend_that_megatron_could_not_import(monkeypatch: pytest.MonkeyPatc
 
     from megatron.core.extensions import transformer_engine
 
-    from megatron_medllm.models.qwen25 import transformer_config
+    from megatron_medllm.models.config import transformer_config
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(transformer_engine, "HAVE_TE", False)

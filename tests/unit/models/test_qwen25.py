@@ -73,7 +73,7 @@ def test_te_layers_attend_with_our_core_where_a_stream_is_split(monkeypatch: pyt
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_medllm.models.attention import PackedAttention
-    from megatron_medllm.models.qwen25 import block_spec
+    from megatron_medllm.models.layer_spec import block_spec
 
     config = TransformerConfig(
         num_layers=2, hidden_size=56, num_attention_heads=14, context_parallel_size=cp, use_cpu_initialization=True
@@ -172,7 +172,7 @@ def test_recomputation_changes_no_gradient(recompute: str):
 
 
 def test_one_place_translates_the_shape_to_megatron():
-    from megatron_medllm.models.qwen25 import transformer_config
+    from megatron_medllm.models.config import transformer_config
 
     layout = LayoutConfig(tp=8, pp=4, vpp=5, sp=True, recompute="selective")
     config = transformer_config(SIZES["72b"], layout, ModelConfig(size="72b"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_medllm.command_line import Config, Overrides, load_recipe, print_text
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Throughput that can be checked and compared.")

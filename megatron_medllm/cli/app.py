@@ -1,0 +1,72 @@
+"""`medllm`: the commands put together. Each parses, loads the recipe and calls one job; none holds logic."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from megatron_medllm.cli import checkpoints, cluster, recipe
+from megatron_medllm.cli.bench import bench_app
+from megatron_medllm.cli.corpus import corpus_app
+from megatron_medllm.cli.exams import eval_app
+from megatron_medllm.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Qwen2.5 on Megatron-Core: Japanese medical continued pretraining, then preference optimization. "
+    "Every command takes a YAML file and key=value overrides, e.g. cpt.optimizer.lr=1e-5.",
+)
+app.add_typer(corpus_app, name="corpus")
+app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
+
+_COMMANDS = {
+    "pipeline": recipe.pipeline,
+    "demo": recipe.demo,
+    "train": recipe.train,
+    "score": recipe.score,
+    "pairs": recipe.pairs,
+    "report": recipe.report,
+    "schema": recipe.schema,
+    "import": checkpoints.import_,
+    "export": checkpoints.export,
+    "verify": checkpoints.verify,
+    "plan": cluster.plan,
+    "submit": cluster.submit,
+    "status": cluster.status,
+    "cancel": cluster.cancel,
+    "doctor": cluster.doctor,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug messages")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+    for noisy in ("megatron", "fsspec", "urllib3", "torch", "asyncio", "filelock", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one line, without a traceback unless `--debug`."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

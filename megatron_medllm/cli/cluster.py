@@ -1,0 +1,90 @@
+"""The commands around a run on a cluster: plan, submit, status, cancel, doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="h100-sxm, h200, a100-80g, a .json file; default: the cluster's")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="rank all layouts that fit")] = False,
+    scale: Annotated[
+        int | None, typer.Option(min=1, help="the same job on twice as many GPUs, again and again up to this many")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what `stage` needs per GPU and what it will reach, before anything is submitted."""
+    from megatron_medllm.planner.from_config import workload_of
+    from megatron_medllm.planner.plan import plan as make_plan
+    from megatron_medllm.planner.report import plan_report, plan_values, scale_report, search_report
+    from megatron_medllm.planner.scale import doublings, scaling_curve
+    from megatron_medllm.planner.search import search as search_layouts
+
+    run = load_recipe(config, overrides)
+    workload = workload_of(run)
+    hardware = hardware or (run.cluster.hardware if run.cluster else "h100-sxm")
+    if search:
+        report = search_report(search_layouts(workload, hardware))
+        print_text(report)
+        return
+    if scale is not None:
+        curve = scaling_curve(workload, hardware, gpus=doublings(workload, largest=scale))
+        print_text(scale_report(curve))
+        return
+    found = make_plan(workload, hardware)
+    if as_json:
+        console.print_json(data=plan_values(found))
+        return
+    print_text(plan_report(found))
+
+
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    stages: Annotated[str | None, typer.Option(help="comma-separated stages; default: the whole recipe")] = None,
+    bench: Annotated[
+        str | None, typer.Option(help="a benchmark instead of the recipe: what follows `medllm bench`")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, submit nothing")] = False,
+    force: Annotated[bool, typer.Option("--force", help="submit although the plan does not fit")] = False,
+) -> None:
+    """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
+    from megatron_medllm.recipe import submit_bench, submit_recipe
+
+    run = load_recipe(config, overrides)
+    if bench is not None:
+        printed = submit_bench(run, bench, dry_run=dry_run, force=force)
+    else:
+        printed = submit_recipe(run, stages=stages.split(",") if stages else None, dry_run=dry_run, force=force)
+    print_text(printed)
+
+
+def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
+    """Show stage, step, rate, time left and restarts of a submitted run."""
+    from megatron_medllm.launch.status import run_status, status_report
+
+    print_text(status_report(run_status(run_dir)))
+
+
+def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
+    """Cancel the jobs of this run, and of this run only."""
+    from megatron_medllm.launch.status import cancel as cancel_run
+
+    console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
+
+
+def doctor() -> None:
+    """Say what this machine has, what it lacks, and what the lack costs."""
+    from megatron_medllm.launch.doctor import doctor as examine
+    from megatron_medllm.launch.doctor import doctor_report, failed
+
+    checks = examine()
+    console.print(doctor_report(checks), markup=False, highlight=False)
+    raise typer.Exit(1 if failed(checks) else 0)

@@ -1,0 +1,43 @@
+"""`medllm corpus`: text to Megatron's indexed data sets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medllm.cli.options import Config, Overrides, console, load_recipe
+from megatron_medllm.errors import UserError
+
+corpus_app = typer.Typer(no_args_is_help=True, help="Japanese text to Megatron's indexed data sets.")
+
+
+@corpus_app.command("build")
+def corpus_build(
+    config: Config,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="build this corpus of `corpora` alone")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="the first broken document is fatal")] = False,
+) -> None:
+    """Read, clean, deduplicate, decontaminate, tokenize and index the recipe's corpora."""
+    from megatron_medllm.corpus.build import build
+
+    run = load_recipe(config, overrides)
+    if only is not None and only not in run.corpora:
+        raise UserError(f"{config}: no corpus {only!r} in corpora (there are: {', '.join(run.corpora) or 'none'})")
+    for name, section in run.corpora.items():
+        if only in (None, name):
+            manifest = build(section, run.run_dir / "corpus" / name, workers=workers, strict=strict)
+            for source, facts in manifest["sources"].items():
+                console.print(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+
+
+@corpus_app.command("inspect")
+def corpus_inspect(
+    prefix: Annotated[Path, typer.Argument(help="a .bin/.idx pair, with or without suffix")],
+    samples: Annotated[int, typer.Option(help="documents to decode")] = 1,
+) -> None:
+    """Check an indexed data set against its manifest and show decoded samples."""
+    from megatron_medllm.corpus.inspect import inspect
+
+    console.print(str(inspect(prefix, samples=samples)), markup=False, highlight=False)

@@ -1,0 +1,73 @@
+"""`medllm eval`: examine a model, compare evaluations, score answers made elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
+from megatron_medllm.errors import UserError
+
+
+class DefaultToRun(TyperGroup):
+    """`medllm eval CONFIG` means `medllm eval run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    cls=DefaultToRun,
+    help="Exams, with and without explanations: `medllm eval CONFIG`, or compare and score below.",
+)
+
+
+@eval_app.command("run")
+def eval_run(config: Config, overrides: Overrides = None) -> None:
+    """Examine model.path in the recipe's modes. Exit status 1: a requirement is not met."""
+    from megatron_medllm.evaluation.run import run_exam
+
+    run = load_recipe(config, overrides)
+    if run.eval is None or run.model.path is None:
+        raise UserError(f"{config}: medllm eval needs the section 'eval' and model.path")
+    output = run.output or run.run_dir / "eval"
+    summary = run_exam(run.eval, run.model.path, output)
+    print_text((output / "report.md").read_text())
+    raise typer.Exit(0 if all(r["met"] for r in summary["requirements"]) else 1)
+
+
+@eval_app.command("compare")
+def eval_compare(
+    directories: Annotated[list[Path], typer.Argument(help="folders that `medllm eval` wrote; the first is the base")],
+    published: Annotated[bool, typer.Option(help="add the literature's rows, marked as published")] = True,
+) -> None:
+    """Put evaluations beside each other, with paired intervals for their differences."""
+    from megatron_medllm.evaluation.compare import compare, compare_markdown
+
+    print_text(compare_markdown(compare(directories, published=published)))
+
+
+@eval_app.command("score")
+def eval_score(
+    predictions: Annotated[list[Path], typer.Argument(help="JSON lines of problem_id and prediction, such as a,c")],
+    data: Annotated[list[Path], typer.Option(help="the exam's files or folders")],
+    exam: Annotated[str, typer.Option(help="igakuqa, yakugakuqa, or any name (no pass rules then)")] = "igakuqa",
+    text_only: Annotated[bool, typer.Option("--text-only", help="leave out questions with an image")] = False,
+    parser: Annotated[str, typer.Option(help="strict: as the official scorer; lenient: as people read")] = "strict",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score predictions that were made elsewhere, by the official rules."""
+    from megatron_medllm.evaluation.score_file import score_markdown, score_predictions
+
+    if parser not in ("strict", "lenient"):
+        raise UserError(f"--parser {parser}: expected strict or lenient")
+    result = score_predictions(exam, data, predictions, text_only=text_only, parser=parser)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print_text(score_markdown(result))

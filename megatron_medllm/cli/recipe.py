@@ -1,0 +1,82 @@
+"""The commands that walk the recipe: the whole of it, or one stage."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_medllm.cli.options import Config, Overrides, console, load_recipe
+from megatron_medllm.errors import UserError
+
+
+def pipeline(config: Config, overrides: Overrides = None) -> None:
+    """Run the whole recipe; a second run skips what is done."""
+    from megatron_medllm.pipeline import run_pipeline
+
+    raise typer.Exit(run_pipeline(load_recipe(config, overrides), console=console))
+
+
+def demo(config: Config, overrides: Overrides = None) -> None:
+    """Invent the miniature world: corpora, exam, gold explanations, tokenizer."""
+    from megatron_medllm.demo.world import generate
+
+    run = load_recipe(config, overrides)
+    if run.demo is None:
+        raise UserError(f"{config}: no section 'demo'")
+    console.print_json(data=generate(run.demo, run.run_dir / "world"))
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: from the newest checkpoint that verifies; never: from the start")
+    ] = "auto",
+) -> None:
+    """Train `stage` (base, cpt or rpo). Exit status 85: saved and stopped early, run it again."""
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume}: expected auto or never")
+    from megatron_medllm.train.local_ranks import start_ranks_if_needed
+
+    run = load_recipe(config, overrides)
+    start_ranks_if_needed(run.layout)
+    from megatron_medllm.train.loop import train as train_stage
+
+    raise typer.Exit(train_stage(run, resume=resume == "auto"))
+
+
+def score(config: Config, overrides: Overrides = None) -> None:
+    """Compute the reference log-probabilities of the recipe's preference pairs, once."""
+    from megatron_medllm.train.local_ranks import start_ranks_if_needed
+
+    run = load_recipe(config, overrides)
+    start_ranks_if_needed(run.layout)
+    from megatron_medllm.train.scoring import score as score_pairs
+
+    console.print(f"reference log-probabilities in {score_pairs(run)}")
+
+
+def pairs(config: Config, overrides: Overrides = None) -> None:
+    """Sample explanations, judge them by the key, and build preference pairs."""
+    from megatron_medllm.preference.pairs import build_pairs
+
+    run = load_recipe(config, overrides)
+    if run.pairs is None or run.model.path is None:
+        raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
+    manifest = build_pairs(run.pairs, run.model.path, run.output or run.run_dir / "pairs")
+    console.print(f"{manifest['pairs']} pairs: {manifest['by_tier']}")
+
+
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `medllm pipeline` made")]) -> None:
+    """Write the run's report.html and summary.json, and print its table."""
+    from megatron_medllm.evaluation.run_report import build_report, table
+
+    console.print(table(build_report(run_dir)))
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from megatron_medllm.config.run import RunConfig
+
+    console.print_json(data=RunConfig.model_json_schema())
