@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm import __version__
-from megatron_medllm.certify.compare import Check
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json, write_json
@@ -23,6 +22,21 @@ _FREE = {
     *("validation_batches", "wandb_project", "guard", "rpo_guard", "batch_ramp_steps", "sequence_length"),
     *("global_batch_size", "template", "mask_patterns", "too_long", "loss_after"),
 }
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest relative difference found, where, and what is allowed."""
+
+    name: str
+    difference: float
+    bound: float
+    where: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is a number within the bound."""
+        return self.difference <= self.bound
 
 
 @dataclass(frozen=True)

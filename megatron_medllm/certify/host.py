@@ -21,6 +21,9 @@ from megatron_medllm.checkpoint.convert import export_checkpoint
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.storage import write_json
 
+_LAST_WORDS_S = 2.0  # between the first rank's failure and the end of the others
+_LOST = "Connection closed by peer"
+
 
 def main(jobs_path: str) -> None:
     """Do the phases of a file one after the other, the tasks of a phase side by side.
@@ -46,6 +49,8 @@ class _Task:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.name, self.failed = task["name"], False
+        self._broken: list[int] = []  # ranks that ended with an error
+        self._end_others_at = 0.0
         self._out = Path(task["out"])
         self._out.mkdir(parents=True, exist_ok=True)
         # The store lives here: a port picked now and bound later could be lost.
@@ -53,17 +58,27 @@ class _Task:
         self._pids = {_fork(task, rank, self._store.port): rank for rank in range(task["ranks"])}
 
     def running(self) -> bool:
-        for pid, rank in list(self._pids.items()):
+        for pid in list(self._pids):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                del self._pids[pid]
-                if status and not self.failed:
-                    self.give_up(f"rank {rank}: {_last_line(self._out / f'rank-{rank}.log')}")
+                rank = self._pids.pop(pid)
+                if status:
+                    self._broken.append(rank)
+                    self._end_others_at = self._end_others_at or time.monotonic() + _LAST_WORDS_S
+        if self._broken and (not self._pids or time.monotonic() > self._end_others_at):
+            self.give_up(self._culprit())
+            self._broken.clear()
         return bool(self._pids)
+
+    def _culprit(self) -> str:
+        """The last line of the rank that failed of itself: the others lose their connections to it."""
+        words = {rank: _last_line(self._out / f"rank-{rank}.log") for rank in sorted(self._broken)}
+        rank = next((rank for rank, line in words.items() if _LOST not in line), min(words))
+        return f"rank {rank}: {words[rank]}"
 
     def give_up(self, reason: str) -> None:
         """End what still runs, and say why."""
-        if self._pids or not self.failed:
+        if not self.failed:
             self.failed = True
             write_json(self._out / "failed.json", {"reason": reason})
         for pid in self._pids:

@@ -35,6 +35,7 @@ def train_and_record(run: RunConfig, out: Path, *, resume_from: Path | None) -> 
     found: dict[str, Any] = {"place": (ranks.tp_rank, ranks.pp_rank, ranks.dp_rank, ranks.cp_rank)}
     if isinstance(config, RpoConfig) and config.loss.needs_reference:
         score_run_pairs(run, config, ranks)
+        dist.barrier()  # the main process writes the cache
         pairs = load_run_pairs(run, config)
         cache = ReferenceCache(config.reference or run.run_dir / "reference")
         found["reference"] = cache.load(reference_key(run, config, pairs), [pair.row for pair in pairs.pairs])

@@ -15,13 +15,14 @@ import torch
 
 from megatron_medllm.certify.certificate import (
     Certificate,
+    Check,
     read_certificate,
     settings_of,
     utc_now,
     versions,
     write_certificate,
 )
-from megatron_medllm.certify.compare import EXACT, FP8, NF4, Bounds, Check, Recordings, compare
+from megatron_medllm.certify.compare import EXACT, FP8, NF4, Bounds, Recordings, compare
 from megatron_medllm.certify.shrink import SAVED_AFTER, Shrunken, in_one_process, shrink
 from megatron_medllm.certify.whole import Recorded
 from megatron_medllm.certify.world import write_inputs
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 HOST = "megatron_medllm.certify.host"
 MAX_RANKS = 8
 _TIMEOUT_S = 300.0  # of one phase
-_PROCESSES = ("one", "layout", "resumed", "truth", "one-save", "layout-save")
+_PROCESSES = ("one", "layout", "resumed", "truth", "save")
 
 
 def certify(
@@ -93,8 +94,7 @@ def prove(run: RunConfig, *, max_ranks: int, host: str = HOST) -> Certificate:
 
 def _jobs(shrunken: Shrunken, place: Path) -> dict[str, Any]:
     run, one = shrunken.run, in_one_process(shrunken.run, place / "one")
-    saved = f"checkpoints/step-{SAVED_AFTER:08d}"
-    layout_save, one_save = run.output_dir() / saved, one.output_dir() / saved
+    save = run.output_dir() / f"checkpoints/step-{SAVED_AFTER:08d}"
 
     def task(name: str, do: str, needs: list[str], ranks: int = 1, **more: Any) -> dict[str, Any]:
         return {"name": name, "do": do, "needs": needs, "ranks": ranks, "out": str(place / "found" / name), **more}
@@ -112,10 +112,9 @@ def _jobs(shrunken: Shrunken, place: Path) -> dict[str, Any]:
                 task("layout", "train", [], run.layout.world_size, settings=settings(run)),
             ],
             [
-                task("resumed", "train", ["layout"], settings=settings(resumed), resume_from=str(layout_save)),
+                task("resumed", "train", ["layout"], settings=settings(resumed), resume_from=str(save)),
                 task("truth", "truth", ["one"], settings=settings(one), start=str(place / "found/one/rank-0.pt")),
-                task("one-save", "export", ["one"], checkpoint=str(one_save), base=base),
-                task("layout-save", "export", ["layout"], checkpoint=str(layout_save), base=base),
+                task("save", "export", ["layout"], checkpoint=str(save), base=base),
             ],
         ],
     }
@@ -152,18 +151,16 @@ def _load(place: Path, shrunken: Shrunken) -> Recordings:
     def ranks(name: str, count: int) -> list[Recorded]:
         return [torch.load(place / "found" / name / f"rank-{rank}.pt") for rank in range(count)]
 
-    layout = shrunken.run.output_dir()
+    layout, adapter = shrunken.run.output_dir(), shrunken.run.stage_config().adapter
     return Recordings(
         one=ranks("one", 1),
         layout=ranks("layout", shrunken.run.layout.world_size),
         resumed=ranks("resumed", 1),
         truth=torch.load(place / "found/truth/truth.pt"),
-        exports={
-            "one": place / "one" / shrunken.run.stage / "hf",
-            "layout": layout / "hf",
-            "one save": place / "found/one-save/hf",
-            "layout save": place / "found/layout-save/hf",
-        },
+        export=layout / "hf",
+        save_export=place / "found/save/hf",
+        base=place / "model",
+        lora_scale=adapter and adapter.alpha / adapter.rank,
     )
 
 

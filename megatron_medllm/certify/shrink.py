@@ -117,10 +117,8 @@ def shrink_shape(shape: ModelShape, layout: LayoutConfig, folded: LayoutConfig, 
             padded.
     """
     tp = folded.tp
-    if shape.num_query_groups < layout.tp:
-        groups = max(1, tp // (layout.tp // shape.num_query_groups))
-    else:
-        groups = max(2, tp)
+    shared = -(-layout.tp // shape.num_query_groups)  # ranks that share a KV head
+    groups = max(1, tp // shared) if shared > 1 else max(2, tp)
     heads = groups * max(1, min(shape.num_attention_heads // shape.num_query_groups, 8))
     heads = _multiple_of(heads, math.lcm(groups, tp))
     width, ffn_unit = 8, 4 * tp
