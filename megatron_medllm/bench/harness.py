@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_medllm.bench.environment import environment_facts
 from megatron_medllm.bench.profile import profile_report, profile_step
-from megatron_medllm.bench.report import throughput_report
+from megatron_medllm.bench.report import throughput_report, write_bench_page
 from megatron_medllm.bench.synthetic import SyntheticData
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.data.microbatch import IGNORED, MicroBatch
@@ -213,9 +213,10 @@ def result_path(name: str, output: Path) -> Path:
 
 
 def write_result(result: dict[str, Any], output: Path) -> Path:
-    """Write OUTPUT/NAME.json and the table beside it as NAME.md; the JSON file's path."""
+    """Write OUTPUT/NAME.json, and beside it the table as NAME.md and NAME.html; the JSON file's path."""
     path = result_path(result["bench"], output)
     write_json(path, result)
     with atomic_write(path.with_suffix(".md")) as stream:
         stream.write((throughput_report(result) + "\n").encode())
+    write_bench_page(path.with_suffix(".html"), result)
     return path

@@ -1,8 +1,10 @@
-"""A measured throughput as Markdown, and two of them side by side."""
+"""A measured throughput as Markdown and as a page, and two of them side by side."""
 
 from pathlib import Path
 from typing import Any
 
+from megatron_medllm.pages.markdown import markdown_table
+from megatron_medllm.pages.page import write_page
 from megatron_medllm.storage import read_json
 
 # What a benchmark counts besides tokens -> how the table calls it
@@ -16,9 +18,26 @@ COUNTS = {
 
 def throughput_report(result: dict[str, Any]) -> str:
     """One result as a Markdown table with its circumstances."""
+    return "\n".join(markdown_table(["", ""], throughput_rows(result)))
+
+
+def write_bench_page(path: Path, result: dict[str, Any]) -> None:
+    """The same as an HTML page, with the parts of a step as bars."""
+    write_page(
+        path,
+        "megatron_medllm.bench",
+        "bench.html.jinja",
+        result=result,
+        rows=throughput_rows(result),
+        parts_s=list(result["parts_s"].items()),
+    )
+
+
+def throughput_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values, for a table of two columns."""
     facts, times = result["environment"], result["step_time_s"]
     parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in result["parts_s"].items())
-    rows = [
+    return [
         ("measured", ", ".join([result["bench"], *_subject(result)])),
         ("tokens/s/GPU", f"{result['tokens_per_s_per_gpu']:,.1f}"),
         ("tokens/s/GPU, padding included", f"{result['padded_tokens_per_s_per_gpu']:,.1f}"),
@@ -39,7 +58,6 @@ def throughput_report(result: dict[str, Any]) -> str:
         ("code", f"{facts['git_revision'][:12] or 'unknown'}, {facts['git_changed_files']} changed files"),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)),
     ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _subject(result: dict[str, Any]) -> list[str]:
@@ -67,20 +85,21 @@ def compare_report(first: Path, second: Path) -> str:
         UserError: a file is missing or not JSON.
     """
     a, b = read_json(first), read_json(second)
-    lines = [f"| | {first} | {second} | change |", "|---|---|---|---|"]
+    rows = []
     directions = {"tokens_per_s_per_gpu": "higher", **dict.fromkeys(COUNTS, "higher"), "peak_memory_bytes": "lower"}
     for name, better in directions.items():
         if name in a and name in b:
-            change = 100 * (b[name] / a[name] - 1)
-            lines.append(f"| {name} ({better} is better) | {a[name]:,.1f} | {b[name]:,.1f} | {change:+.1f} % |")
-    before, after = a["step_time_s"]["median"], b["step_time_s"]["median"]
-    change = 100 * (after / before - 1)
-    lines.append(f"| step_time_s (lower is better) | {before:.4f} | {after:.4f} | {change:+.1f} % |")
+            rows.append(_compared(f"{name} ({better} is better)", a[name], b[name], digits=1))
+    steps = [found["step_time_s"]["median"] for found in (a, b)]
+    rows.append(_compared("step_time_s (lower is better)", *steps, digits=4))
     x, y = (_flat({k: v[k] for k in ("config", "environment", "world_size", "synthetic")}) for v in (a, b))
-    for name in sorted(set(x) | set(y)):
-        if x.get(name) != y.get(name):
-            lines.append(f"| {name} | {x.get(name)} | {y.get(name)} | |")
-    return "\n".join(lines)
+    changed = [name for name in sorted(set(x) | set(y)) if x.get(name) != y.get(name)]
+    rows += [[name, str(x.get(name)), str(y.get(name)), ""] for name in changed]
+    return "\n".join(markdown_table(["", str(first), str(second), "change"], rows))
+
+
+def _compared(name: str, before: float, after: float, *, digits: int) -> list[str]:
+    return [name, f"{before:,.{digits}f}", f"{after:,.{digits}f}", f"{100 * (after / before - 1):+.1f} %"]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.markdown import interval_text, markdown_table, rate_text
 from megatron_medllm.exams.loading import load_rules
 from megatron_medllm.exams.statistics import mcnemar_exact, paired_bootstrap
+from megatron_medllm.pages.markdown import markdown_table
+from megatron_medllm.pages.numbers import difference as difference_text
+from megatron_medllm.pages.numbers import rate
 from megatron_medllm.storage import read_json, read_jsonl
 
 
@@ -57,10 +59,10 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
             row["mode"],
             *(str(row["points_by_year"].get(year, "")) for year in years),
             f"{row['points']}/{row['possible']}",
-            rate_text(row["points_rate"]),
-            rate_text(row["accuracy"]),
-            rate_text(row["malformed_rate"]),
-            interval_text(row["gap"]),
+            rate(row["points_rate"]),
+            rate(row["accuracy"]),
+            rate(row["malformed_rate"]),
+            difference_text(row["gap"]),
         ]
         for row in [*comparison["rows"], *comparison["published"]]
     ]
@@ -74,7 +76,7 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
                 f"{row['second']} - {row['first']}",
                 row["mode"],
                 str(row["n"]),
-                interval_text(row["accuracy"]),
+                difference_text(row["accuracy"]),
                 str(row["lost"]),
                 str(row["won"]),
                 f"{row['mcnemar_p']:.3g}",

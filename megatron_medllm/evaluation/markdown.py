@@ -1,30 +1,11 @@
 """An evaluation as Markdown tables."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from megatron_medllm.pages.markdown import markdown_table
+from megatron_medllm.pages.numbers import difference, passed_text, rate
+
 MODE_NAMES = {"answer_only": "answer only", "explained": "explained"}
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table; pipes in cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def rate_text(rate: float | None) -> str:
-    """A rate with three digits, or nothing."""
-    return "" if rate is None else f"{rate:.3f}"
-
-
-def interval_text(interval: dict[str, float] | None) -> str:
-    """A signed difference with its interval, or nothing."""
-    return "" if interval is None else f"{interval['estimate']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
-
-
-def passed_text(passed: bool | None) -> str:
-    """The official decision; a dash when there is none."""
-    return {True: "pass", False: "fail", None: "-"}[passed]
 
 
 def summary_markdown(summary: dict[str, Any]) -> str:
@@ -36,11 +17,11 @@ def summary_markdown(summary: dict[str, Any]) -> str:
         [
             [
                 MODE_NAMES[mode],
-                rate_text(row["accuracy"]),
+                rate(row["accuracy"]),
                 "{low:.3f}-{high:.3f}".format(**row["accuracy_interval"]),
                 f"{row['points']}/{row['possible']}",
-                rate_text(row["points_rate"]),
-                rate_text(row["text_only"]["accuracy"]),
+                rate(row["points_rate"]),
+                rate(row["text_only"]["accuracy"]),
                 f"{row['malformed']} ({row['malformed_rate']:.1%})",
                 str(row["truncated"]),
             ]
@@ -69,7 +50,7 @@ def _gap_lines(summary: dict[str, Any], confidence: str) -> list[str]:
     return [
         "",
         f"Stability gap (explained minus answer only, {confidence} paired bootstrap over question groups): "
-        f"**{interval_text(gap['accuracy'])}** accuracy, {interval_text(gap.get('points_rate'))} points rate. "
+        f"**{difference(gap['accuracy'])}** accuracy, {difference(gap.get('points_rate'))} points rate. "
         f"Right to wrong {gap['right_to_wrong']}, wrong to right {gap['wrong_to_right']}, "
         f"McNemar p = {gap['mcnemar_p']:.3g}.",
     ]
@@ -100,9 +81,9 @@ def _sample_lines(summary: dict[str, Any]) -> list[str]:
         [
             MODE_NAMES[mode],
             f"{row['samples']['samples_per_question']:.0f}",
-            rate_text(row["samples"]["mean_accuracy"]),
-            rate_text(row["samples"]["majority_accuracy"]),
-            rate_text(row["samples"]["consistency"]),
+            rate(row["samples"]["mean_accuracy"]),
+            rate(row["samples"]["majority_accuracy"]),
+            rate(row["samples"]["consistency"]),
         ]
         for mode, row in summary["modes"].items()
         if "samples" in row

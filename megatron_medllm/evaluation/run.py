@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_medllm.config.exam import EvalConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.evaluation.exam_page import write_exam_page
 from megatron_medllm.evaluation.gate import check_requirements, parse_requirement
-from megatron_medllm.evaluation.html_report import html_report
 from megatron_medllm.evaluation.markdown import summary_markdown
 from megatron_medllm.evaluation.outcome import Outcome, judge, mode_summary, sample_summary, stability_gap
 from megatron_medllm.exams.loading import Exam, load_exam
@@ -46,7 +46,7 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str,
     write_jsonl(output_dir / "results.jsonl", [outcome.to_row() for outcome in outcomes])
     write_text(output_dir / "report.md", summary_markdown(summary))
     if config.html:
-        write_text(output_dir / "report.html", html_report(summary, outcomes, examples=config.examples))
+        write_exam_page(output_dir / "report.html", summary, outcomes, examples=config.examples)
     write_json(output_dir / "summary.json", summary)  # last: its presence says that the evaluation is complete
     return summary
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.markdown import markdown_table, passed_text, rate_text
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.parsing import Parser, parse_answer
 from megatron_medllm.exams.question import Question
 from megatron_medllm.exams.scoring import Score, score_answer, score_report
+from megatron_medllm.pages.markdown import markdown_table
+from megatron_medllm.pages.numbers import passed_text, rate
 from megatron_medllm.storage import read_jsonl
 
 
@@ -95,7 +96,7 @@ def score_markdown(result: dict[str, Any]) -> str:
     total = ["all", f"{result['correct']}/{result['n']}", f"{result['points']}/{result['possible']}", "", "", "", ""]
     header = ["year", "correct", "points", "required", "rest", "prohibited", "official"]
     text = "\n".join(markdown_table(header, [*lines, total]))
-    text += f"\n\naccuracy {rate_text(result['accuracy'])}, points rate {rate_text(result['points_rate'])}, "
+    text += f"\n\naccuracy {rate(result['accuracy'])}, points rate {rate(result['points_rate'])}, "
     text += f"{result['malformed']} malformed ({result['parser']} parser)"
     if result["missing"]:
         text += f"; {result['missing']} questions have no prediction (first: {', '.join(result['missing_first'])})"

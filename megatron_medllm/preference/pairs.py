@@ -21,7 +21,7 @@ from megatron_medllm.preference.candidate import Candidate, Tier
 from megatron_medllm.preference.contamination import contaminated
 from megatron_medllm.preference.filters import candidate_reason, pair_reason
 from megatron_medllm.preference.gold import gold_candidate, synthetic_wrong, with_letters
-from megatron_medllm.preference.report import pairs_report
+from megatron_medllm.preference.report import pairs_report, write_pairs_page
 from megatron_medllm.preference.sampling import sample
 from megatron_medllm.storage import atomic_write, digest_file, write_json, write_jsonl
 
@@ -89,6 +89,7 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
     write_json(output_dir / "manifest.json", manifest)
     with atomic_write(output_dir / "report.md") as stream:
         stream.write(pairs_report(manifest, rows).encode())
+    write_pairs_page(output_dir / "report.html", manifest, rows)
     return manifest
 
 

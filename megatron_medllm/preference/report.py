@@ -1,11 +1,20 @@
-"""The pairs in a page of Markdown: counts, lengths, what was dropped, and one pair of each tier to read."""
+"""The pairs for people, as Markdown and as a page: counts, lengths, what was dropped, one pair of each tier to read."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from megatron_medllm.pages.markdown import markdown_table
+from megatron_medllm.pages.numbers import count
+from megatron_medllm.pages.page import write_page
 
 
 def pairs_report(manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Markdown text from the manifest and the pairs themselves."""
+    lengths = [
+        [key, *(count(row[name]) for name in ("mean", "median", "p95", "max"))]
+        for key, row in manifest["characters"].items()
+    ]
     lines = [
         "# Preference pairs",
         "",
@@ -18,33 +27,40 @@ def pairs_report(manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> st
         *_table("Dropped", "reason", manifest["drop_reasons"]),
         "## Length in characters",
         "",
-        "| | mean | median | 95 % | max |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {key} | {row['mean']:.0f} | {row['median']} | {row['p95']} | {row['max']} |"
-            for key, row in manifest["characters"].items()
-        ),
+        *markdown_table(["", "mean", "median", "95 %", "max"], lengths),
         "",
         "## One pair of each tier",
         "",
     ]
-    shown: set[str] = set()
-    for row in rows:
-        kind = f"{row['mode']} {row['tier']}"
-        if kind in shown:
-            continue
-        shown.add(kind)
-        lines += [f"### {kind} ({row['problem_id']})", "", *_quoted("prompt", row["prompt"])]
-        lines += [*_quoted("chosen", row["chosen"]), *_quoted("rejected", row["rejected"])]
+    for item in _examples(rows):
+        lines += [f"### {item['kind']} ({item['problem_id']})", ""]
+        for name in ("prompt", "chosen", "rejected"):
+            lines += [f"{name}:", "", "~~~", item[name], "~~~", ""]
     return "\n".join(lines) + "\n"
 
 
+def write_pairs_page(path: Path, manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the same as an HTML page."""
+    write_page(path, "megatron_medllm.preference", "pairs.html.jinja", manifest=manifest, examples=_examples(rows))
+
+
+def _examples(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first pair of each mode and tier, as texts."""
+    shown: dict[str, dict[str, str]] = {}
+    for row in rows:
+        kind = f"{row['mode']} {row['tier']}"
+        if kind not in shown:
+            texts = {name: _text(row[name]) for name in ("prompt", "chosen", "rejected")}
+            shown[kind] = {"kind": kind, "problem_id": row["problem_id"], **texts}
+    return list(shown.values())
+
+
 def _table(title: str, key: str, counts: dict[str, int]) -> list[str]:
-    rows = [f"| {name} | {count} |" for name, count in counts.items()] or ["| none | 0 |"]
-    return [f"## {title}", "", f"| {key} | count |", "|---|---|", *rows, ""]
+    rows = [[name, str(number)] for name, number in counts.items()] or [["none", "0"]]
+    return [f"## {title}", "", *markdown_table([key, "count"], rows), ""]
 
 
-def _quoted(name: str, text: object) -> list[str]:
-    if isinstance(text, list):
-        text = "\n".join(f"[{message['role']}] {message['content']}" for message in text)
-    return [f"{name}:", "", "~~~", str(text), "~~~", ""]
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(f"[{message['role']}] {message['content']}" for message in value)
+    return str(value)

@@ -84,7 +84,7 @@ def test_manifest_as_read_back(built, eod_id):
 def test_summary_page_shows_the_numbers(built):
     output, manifest = built
     page = (output / "summary.html").read_text()
-    assert f"{manifest['tokens']:,} tokens in 20 documents" in page
+    assert f"{manifest['tokens']:,} tokens" in page and ": 20 documents." in page
     assert re.findall(r"<(?:script|link|img)[^>]*>|https?://", page) == []
     assert "CC0" in page
 

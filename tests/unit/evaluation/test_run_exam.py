@@ -98,7 +98,7 @@ def test_results_hold_every_answer(finished: tuple[dict, Path]) -> None:
 
 def test_reports_show_it(finished: tuple[dict, Path]) -> None:
     markdown = (finished[1] / "report.md").read_text()
-    assert "| answer only | 0.833 |" in markdown and "**-0.333 [" in markdown
+    assert "| answer only | 0.833 |" in markdown and "**−0.333 [" in markdown
     assert "| gap >= -0.02 | -0.3333 | NOT met |" in markdown
     html = (finished[1] / "report.html").read_text()
     assert html.count("<svg") == 3 and "薬理 (1)" in html

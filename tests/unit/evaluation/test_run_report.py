@@ -11,20 +11,13 @@ from rich.console import Console
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, PromptConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.run import run_exam
-from megatron_medllm.evaluation.run_report import build_report, seconds_text, table
-from megatron_medllm.evaluation.run_report_numbers import chance_accuracy
-from megatron_medllm.evaluation.run_report_plots import (
-    Accuracy,
-    Line,
-    accuracy_chart,
-    line_chart,
-    smoothed,
-    smoothing_window,
-    thinned,
-)
-from megatron_medllm.evaluation.run_report_training import training_charts
-from megatron_medllm.evaluation.run_report_words import model_label
+from megatron_medllm.evaluation.run_report import build_report, table
+from megatron_medllm.evaluation.run_report.numbers import chance_accuracy
+from megatron_medllm.evaluation.run_report.training import training_charts
+from megatron_medllm.evaluation.run_report.words import model_label
 from megatron_medllm.exams.loading import load_exam
+from megatron_medllm.pages.curves import Line, line_chart, smoothed, smoothing_window, thinned
+from megatron_medllm.pages.numbers import seconds_text
 from megatron_medllm.storage import read_json, write_json, write_jsonl
 
 
@@ -395,12 +388,3 @@ def test_long_curves_are_smoothed_and_thinned_without_moving() -> None:
     assert smoothed([(0, 0.0), (1, 3.0), (2, 0.0), (3, 6.0)], 3) == [(0, 0.0), (1, 1.0), (2, 3.0), (3, 6.0)]
     thin = thinned([(i, float(i)) for i in range(1000)])
     assert (len(thin), thin[0], thin[-1]) == (250, (1.5, 1.5), (997.5, 997.5))
-
-
-def test_accuracy_chart_places_values_and_chance() -> None:
-    """Accuracy 0..1 spans x 250..876."""
-    rows = [Accuracy("CPT & RPO", (0.5, 0.25, 1.0), None)]
-    drawn = ElementTree.fromstring(accuracy_chart(rows, chance=0.2))
-    assert [dot.get("cx") for dot in drawn.findall("circle")] == ["563.0"]
-    assert [line.get("x1") for line in drawn.findall("line") if line.get("class") == "chance"] == ["375.2"]
-    assert "CPT & RPO" in [text.text for text in drawn.findall("text")]

@@ -39,7 +39,7 @@ def test_missing_predictions_are_told(exam_dir: Path, tmp_path: Path) -> None:
     result = score_predictions("invented", [exam_dir], [path])
     assert (result["n"], result["missing"], result["missing_first"]) == (1, 2, ["900A2", "900B1"])
     text = score_markdown(result)
-    assert "| 2001 | 1/1 | 1/1 | 0/0 | 1/1 | 0 | - |" in text
+    assert "| 2001 | 1/1 | 1/1 | 0/0 | 1/1 | 0 | – |" in text
     assert text.endswith("0 malformed (strict parser); 2 questions have no prediction (first: 900A2, 900B1)\n")
 
 

@@ -9,7 +9,8 @@ _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 38
 _MOST_POINTS = 300
 Place = Callable[[float, float], tuple[float, float]]  # step and value to pixels
-PALETTE = {"blue": "#2563eb", "orange": "#d9541e", "green": "#2f855a", "grey": "#8a94a6"}
+# Named in base.html.jinja, for light and dark pages.
+PALETTE = {name: f"var(--{name})" for name in ("blue", "orange", "green", "grey")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,46 +134,3 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _padded(low: float, high: float) -> tuple[float, float]:
     margin = 0.04 * (high - low)
     return low - margin, high + margin
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """A model's accuracy in each mode as (value, low, high); None for a mode that was not run."""
-
-    label: str
-    answer_only: tuple[float, float, float] | None
-    explained: tuple[float, float, float] | None
-
-
-def accuracy_chart(rows: Sequence[Accuracy], *, chance: float | None) -> str:
-    """Both modes of every model on a scale from 0 to 1, with intervals; a dotted line marks blind guessing."""
-    left, right, row_height, top = 250, 24, 46, 8
-    width, bottom = 900, top + row_height * len(rows)
-
-    def x(value: float) -> float:
-        return left + value * (width - left - right)
-
-    parts = [f'<svg viewBox="0 0 {width} {bottom + 24}" role="img" aria-label="accuracy" class="curve">']
-    for tenth in range(0, 11, 2):
-        at = x(tenth / 10)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{tenth / 10:.1f}</text>')
-    if chance is not None:
-        at = x(chance)
-        parts.append(f'<line class="chance" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
-    for number, row in enumerate(rows):
-        middle = top + row_height * (number + 0.5)
-        parts.append(f'<text x="0" y="{middle + 4:.1f}" class="label">{escape(row.label)}</text>')
-        for values, colour, y in (
-            (row.answer_only, PALETTE["blue"], middle - 7),
-            (row.explained, PALETTE["orange"], middle + 7),
-        ):
-            if values is not None:
-                value, low, high = values
-                parts.append(
-                    f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
-                    f'stroke-width="3" stroke-linecap="round" opacity=".35"/>'
-                    f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5.5" fill="{colour}">'
-                    f"<title>{value:.3f} [{low:.3f}, {high:.3f}]</title></circle>"
-                )
-    return "".join(parts) + "</svg>"

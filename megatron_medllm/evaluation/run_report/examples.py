@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.run_report_numbers import Examined
+from megatron_medllm.evaluation.run_report.numbers import Examined
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.question import Question
 

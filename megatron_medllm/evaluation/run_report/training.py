@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_medllm.evaluation.run_report_plots import PALETTE, Chart, Line, smoothing_window
-from megatron_medllm.evaluation.run_report_words import model_label, preference_round
+from megatron_medllm.evaluation.run_report.words import model_label, preference_round
+from megatron_medllm.pages.curves import PALETTE, Chart, Line, smoothing_window
 from megatron_medllm.storage import read_jsonl
 
 _CONTROL_COLOURS = {"rpo-sft": PALETTE["green"], "rpo-dpo": PALETTE["grey"]}

@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from megatron_medllm.pages.numbers import rate, signed_interval
+
 _LABELS = {
     "base": "Base",
     "cpt": "CPT",
@@ -41,21 +43,6 @@ def model_order(name: str) -> tuple[int, int, str]:
     if number:
         return 2, number, name
     return {"base": 0, "cpt": 1, "rpo-sft": 3, "rpo-dpo": 4}.get(name, 5), 0, name
-
-
-def rate(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def signed(value: float | None) -> str:
-    """Three digits with a sign, or a dash."""
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
-
-
-def signed_interval(value: float | None, ci95: list[float] | None) -> str:
-    """An estimate with its interval, or a dash."""
-    return "–" if value is None or ci95 is None else f"{signed(value)} [{signed(ci95[0])}, {signed(ci95[1])}]"
 
 
 def gap_effect(numbers: Mapping[str, Any]) -> str:

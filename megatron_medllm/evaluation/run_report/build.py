@@ -1,4 +1,4 @@
-"""`medllm report`: what a pipeline run left behind, as summary.json for machines and report.html for people.
+"""Gather what a run left behind, and write summary.json and report.html.
 
 A run may lack any part (no preference training, no controls, no exam): the report shows what is there and says what
 is not. Numbers come from the answers, metrics and manifests on disk; nothing is taken from a log's text.
@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich.table import Table
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.run_report_examples import answer_examples, exam_questions
-from megatron_medllm.evaluation.run_report_numbers import (
+from megatron_medllm.evaluation.run_report.examples import answer_examples, exam_questions
+from megatron_medllm.evaluation.run_report.numbers import (
     Examined,
     chance_accuracy,
     compare_models,
@@ -24,9 +22,8 @@ from megatron_medllm.evaluation.run_report_numbers import (
     score_model,
     split_scores,
 )
-from megatron_medllm.evaluation.run_report_plots import Accuracy, accuracy_chart
-from megatron_medllm.evaluation.run_report_training import read_trainings, training_charts, training_facts
-from megatron_medllm.evaluation.run_report_words import (
+from megatron_medllm.evaluation.run_report.training import read_trainings, training_charts, training_facts
+from megatron_medllm.evaluation.run_report.words import (
     CONTROLS,
     change_sentence,
     credit_sentence,
@@ -36,10 +33,11 @@ from megatron_medllm.evaluation.run_report_words import (
     model_label,
     model_order,
     preference_round,
-    rate,
-    signed,
 )
-from megatron_medllm.storage import atomic_write, read_json, read_jsonl, write_json
+from megatron_medllm.pages.intervals import Dot, IntervalChart
+from megatron_medllm.pages.numbers import rate, signed
+from megatron_medllm.pages.page import write_page
+from megatron_medllm.storage import read_json, read_jsonl, write_json
 
 # Fields of the invented exam's questions_metadata.jsonl: the key in summary.json, and what yes and no are called.
 SPLITS = {
@@ -76,9 +74,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "stages": _stages(run_dir),
         "environment": _optional_json(run_dir / "environment.json"),
     }
-    page = _page(run_dir, summary, examined, trainings, config)
-    with atomic_write(run_dir / "report.html") as stream:
-        stream.write(page.encode())
+    _write_page(run_dir, summary, examined, trainings, config)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -231,25 +227,20 @@ def _notes(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return notes
 
 
-def _page(
+def _write_page(
     run_dir: Path,
     summary: dict[str, Any],
     examined: Mapping[str, Examined],
     trainings: Mapping[str, list[dict[str, Any]]],
     config: dict[str, Any],
-) -> str:
-    environment = Environment(
-        loader=PackageLoader("megatron_medllm.evaluation", "."),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"rate": rate, "signed": signed, "seconds": seconds_text, "lines": Markup}
+) -> None:
     before, after = preference_ends(list(examined))
     if after is None and list(examined) != [before]:
         before, after = "base", before  # no preference training: show what continued pretraining changed
-    return environment.get_template("run_report.html.jinja").render(
+    write_page(
+        run_dir / "report.html",
+        "megatron_medllm.evaluation.run_report",
+        "run.html.jinja",
         summary=summary,
         notes=_notes(summary),
         chance_cells={
@@ -269,31 +260,33 @@ def _page(
         labels={name: model_label(name, trainings) for name in trainings},
         examples=answer_examples(run_dir, examined, before=before, after=after),
         config=yaml.safe_dump(config, allow_unicode=True, sort_keys=False) if config else "",
-        longest_stage=max((row["seconds"] for row in summary["stages"]), default=0.0),
+        stages=_stage_times(summary["stages"]),
         world=_optional_json(run_dir / "world" / "summary.json"),
     )
 
 
-def seconds_text(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s` or `2 h 07 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _stage_times(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Name and seconds of every stage, and of all together."""
+    rows = [(row["name"] + ("" if row["status"] == "done" else " (not finished)"), row["seconds"]) for row in stages]
+    return [*rows, ("all stages", sum(seconds for _, seconds in rows))]
 
 
-def _accuracy_chart(summary: Mapping[str, Any]) -> Markup | None:
+def _accuracy_chart(summary: Mapping[str, Any]) -> IntervalChart | None:
+    """Both modes of every model on a scale from 0 to 1, with intervals; a dotted line marks blind guessing."""
     if not summary["models"]:
         return None
     rows = [
-        Accuracy(numbers["label"], *(_with_interval(numbers[mode]) for mode in ("answer_only", "explained")))
+        (
+            numbers["label"],
+            [
+                Dot(series, numbers[mode]["accuracy"], *numbers[mode]["ci95"])
+                for mode, series in (("answer_only", "answer only"), ("explained", "explained"))
+                if numbers[mode] is not None
+            ],
+        )
         for numbers in summary["models"].values()
     ]
-    return Markup(accuracy_chart(rows, chance=summary["chance"]))
-
-
-def _with_interval(numbers: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
-    return None if numbers is None else (numbers["accuracy"], *numbers["ci95"])
+    return IntervalChart("accuracy", rows, chance=summary["chance"])
 
 
 def _split_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
