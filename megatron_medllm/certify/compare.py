@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_medllm.certify.certificate import Check
-from megatron_medllm.certify.shrink import SAVED_AFTER
+from megatron_medllm.certify.shrink import SAVED_AFTER, STEPS
 from megatron_medllm.certify.whole import LAST_STAGE, Recorded, Slices, copies, whole_tensors
 from megatron_medllm.config.model import ModelShape
 
@@ -69,8 +69,10 @@ def compare(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]
         _tensors(
             f"gradients, step {last + 1}", found.layout, found.one, _gradients(last), shape, bounds.later_gradients
         ),
-        _tensors(f"weights after step {last + 1}", found.layout, found.one, _weights(last), shape, bounds.weights),
-        _copies(found.layout, _weights(-1), shape),
+        _tensors(
+            f"weights after step {last + 1}", found.layout, found.one, _weights(SAVED_AFTER), shape, bounds.weights
+        ),
+        _copies(found.layout, _weights(STEPS), shape),
         _numbers(
             "save loaded into one process: loss",
             [found.resumed[0]["steps"][0]["metrics"]["loss"]],
@@ -81,12 +83,12 @@ def compare(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]
             "save loaded into one process: weights",
             found.resumed,
             found.one,
-            _weights(-1),
+            _weights(STEPS),
             shape,
             bounds.weights,
         ),
-        _export("export", found.export, found, -1, shape, bounds.export),
-        _export("export of the save", found.save_export, found, last, shape, 1e-6),
+        _export("export", found.export, found, STEPS, shape, bounds.export),
+        _export("export of the save", found.save_export, found, SAVED_AFTER, shape, 1e-6),
     ]
     if found.one[0].get("reference"):
         checks.append(_references("reference log-probs", found.layout[0], found.one[0]["reference"], bounds.numbers))
@@ -104,7 +106,7 @@ def _against_truth(found: Recordings, shape: ModelShape, bounds: Bounds) -> list
     checks.append(_numbers("transformers: gradient norms", norms, truth["grad_norms"], bounds.truth_numbers))
     for name, key, slices in (
         ("gradients, step 1", "gradients", _gradients(0)),
-        (f"weights after step {SAVED_AFTER}", "weights", _weights(SAVED_AFTER - 1)),
+        (f"weights after step {SAVED_AFTER}", "weights", _weights(SAVED_AFTER)),
     ):
         ours = whole_tensors(found.one, slices, shape)
         checks.append(_worst(f"transformers: {name}", ours, truth[key], bounds.truth_tensors))
@@ -120,7 +122,8 @@ def _gradients(step: int) -> Slices:
 
 
 def _weights(step: int) -> Slices:
-    return lambda rank: rank["steps"][step]["weights"]
+    """After `step` steps."""
+    return lambda rank: rank["weights"][step]
 
 
 def _numbers(name: str, found: list[float], expected: list[float], bound: float) -> Check:

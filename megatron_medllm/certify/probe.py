@@ -14,12 +14,13 @@ from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.models.qwen25 import global_parameters, unwrap
-from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.gradients import reduced_gradients
-from megatron_medllm.parallel.reduce import sum_metrics
-from megatron_medllm.train.schedule import learning_rate
+from megatron_medllm.parallel.overlap import gather_parameters
+from megatron_medllm.train.one_step import run_step
 from megatron_medllm.train.scoring import load_run_pairs, reference_key, score_run_pairs
 from megatron_medllm.train.setup import Trainer, build_trainer
+from megatron_medllm.train.throughput import StepClock
 
 TIMEOUT_S = 60.0
 
@@ -43,12 +44,13 @@ def train_and_record(run: RunConfig, out: Path, *, resume_from: Path | None) -> 
     first = 0
     if resume_from is not None:
         first = trainer.checkpoints.load(resume_from, trainer.chunks, trainer.optimizer)
-    found["first"], found["initial"] = first, parameters(trainer)
-    found["steps"] = []
+    # Weights are read behind the save and the export, which must see to current ones by themselves.
+    found["initial"], found["steps"], found["weights"] = parameters(trainer), [], {}
     for step in range(first, STEPS):
         found["steps"].append(_step(trainer, step))
         if step + 1 == SAVED_AFTER:
             trainer.checkpoints.save(SAVED_AFTER, trainer.chunks, trainer.optimizer, wait=False)
+            found["weights"][SAVED_AFTER] = parameters(trainer)
         trainer.checkpoints.poll()
     if not trainer.checkpoints.finish():
         raise RuntimeError("the checkpoint could not be written")
@@ -61,40 +63,32 @@ def train_and_record(run: RunConfig, out: Path, *, resume_from: Path | None) -> 
             source_dir=run.tokenizer_dir(),
             dtype=torch.float32,
         )
+    found["weights"][STEPS] = parameters(trainer)
     torch.save(found, out / f"rank-{ranks.rank}.pt")
     dist.barrier()
 
 
 def _step(trainer: Trainer, step: int) -> dict[str, Any]:
-    """One step of training; its metrics, gradients before clipping, and weights behind it."""
-    config, step_object = trainer.config, trainer.step
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = learning_rate(step, total_steps=step_object.total_steps, config=config.optimizer)
-    torch.manual_seed(trainer.run.seed * 1_000_003 + step)
-    for chunk in trainer.chunks:
-        chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    parts = mcore.run_micro_batches(
-        step_object.forward,
-        trainer.chunks,
-        step_object.micro_batches(step),
-        stream_length=step_object.stream_length,
-    )
-    metrics = step_object.summarize(sum_metrics(parts, step_object.metric_names, trainer.runtime))
-    gradients = reduced_gradients(trainer.chunks)
-    _, metrics["grad_norm"] = mcore.clip_and_step(trainer.optimizer, clip_grad=config.optimizer.clip_grad)
-    step_object.check(step, metrics)
+    """One step of training: its metrics, what it consumed, and its gradients before clipping."""
+    gradients: dict[torch.nn.Parameter, Tensor] = {}
+
+    def look(step: int, loss: float) -> None:
+        gradients.update(reduced_gradients(trainer.chunks))
+
+    result = run_step(trainer, step, StepClock(), veto=look)
+    if result.problem is not None:
+        raise RuntimeError(f"step {step + 1} did not update the weights: {result.problem}")
     names = {id(p): name for chunk in trainer.chunks for name, p in global_parameters(unwrap(chunk))}
     return {
-        "metrics": metrics,
-        "consumed": step_object.consumed(step),
+        "metrics": result.metrics,
+        "consumed": trainer.step.consumed(step),
         "gradients": {names[id(parameter)]: gradient for parameter, gradient in gradients.items()},
-        "weights": parameters(trainer),
     }
 
 
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
     """This rank's slices of what trains, under global names. Collective where gathers overlap."""
+    gather_parameters(trainer.chunks)
     return {
         name: parameter.detach().float().clone()
         for chunk in trainer.chunks

@@ -15,11 +15,13 @@ from megatron_medllm.config.model import ModelShape
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, CptConfig, RpoConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.overlap import overlaps
 
 STEPS = 4  # three that are compared and saved, one behind the save
 SAVED_AFTER = 3
 MARKER = "7 8"  # stands for the recipe's `loss_after`
 _LARGEST = 2  # a folded size
+_BUCKET = 10_000  # numbers: a model of this size has several buckets to overlap, too
 _BLOCK = 128  # of FP8
 # Adam divides a gradient by its own size: with the usual eps, a difference in rounding would decide the smallest
 # updates. With this one an update differs no more than its gradient does, and the gradient's scale is seen.
@@ -80,7 +82,7 @@ def shrink(run: RunConfig, place: Path, *, max_ranks: int, has_nf4: bool) -> Shr
 
 
 def in_one_process(run: RunConfig, output: Path) -> RunConfig:
-    """The same run without any parallelism, writing elsewhere. Its layout keeps nothing but `recompute` off."""
+    """The same run without any parallelism, writing elsewhere."""
     training = run.stage_config().model_dump() | ({"reference": None} if run.stage == "rpo" else {})
     return RunConfig.model_validate(run.model_dump() | {"layout": {}, "run_dir": output, run.stage: training})
 
@@ -92,7 +94,14 @@ def fold(layout: LayoutConfig, *, max_ranks: int) -> tuple[LayoutConfig, list[st
         UserError: as `shrink`.
     """
     sizes = {"dp": layout.data_parallel_size, "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp}
-    kept = layout.model_dump() | {"nodes": 1, "gpus_per_node": None}
+    overlapped = overlaps(layout, "cuda")  # what the GPUs will do, gloo does here
+    kept = layout.model_dump() | {
+        "nodes": 1,
+        "gpus_per_node": None,
+        "overlap_grad_reduce": "on" if overlapped.grad_reduce else "off",
+        "overlap_param_gather": "on" if overlapped.param_gather else "off",
+        "bucket_size": _BUCKET,
+    }
     if layout.world_size <= max_ranks:
         return LayoutConfig.model_validate(kept | {"dp": sizes["dp"]}), []
     folded = {name: min(size, _LARGEST) for name, size in sizes.items()}
