@@ -48,7 +48,7 @@ class Recordings:
     resumed: list[Recorded]
     truth: Recorded
     export: Path  # of the layout, at the end of its run
-    save_export: Path  # of the checkpoint that the layout wrote
+    save_export: Path | None  # of the checkpoint that the layout wrote; None on a quantized base
     base: Path  # the model that all began from
     lora_scale: float | None  # alpha / rank of the adapter, if there is one
 
@@ -88,8 +88,9 @@ def compare(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]
             bounds.weights,
         ),
         _export("export", found.export, found, STEPS, shape, bounds.export),
-        _export("export of the save", found.save_export, found, SAVED_AFTER, shape, 1e-6),
     ]
+    if found.save_export is not None:
+        checks.append(_export("export of the save", found.save_export, found, SAVED_AFTER, shape, 1e-6))
     if found.one[0].get("reference"):
         checks.append(_references("reference log-probs", found.layout[0], found.one[0]["reference"], bounds.numbers))
     return checks + _against_truth(found, shape, bounds)

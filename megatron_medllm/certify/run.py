@@ -103,21 +103,19 @@ def _jobs(shrunken: Shrunken, place: Path) -> dict[str, Any]:
         return of.model_dump(mode="json")
 
     resumed = in_one_process(shrunken.run, place / "resumed")
-    base = str(place / "model") if run.stage_config().adapter is not None else None
-    return {
-        "timeout_s": _TIMEOUT_S,
-        "phases": [
-            [
-                task("one", "train", [], settings=settings(one)),
-                task("layout", "train", [], run.layout.world_size, settings=settings(run)),
-            ],
-            [
-                task("resumed", "train", ["layout"], settings=settings(resumed), resume_from=str(save)),
-                task("truth", "truth", ["one"], settings=settings(one), start=str(place / "found/one/rank-0.pt")),
-                task("save", "export", ["layout"], checkpoint=str(save), base=base),
-            ],
-        ],
-    }
+    adapter = run.stage_config().adapter
+    first = [
+        task("one", "train", [], settings=settings(one)),
+        task("layout", "train", [], run.layout.world_size, settings=settings(run)),
+    ]
+    second = [
+        task("resumed", "train", ["layout"], settings=settings(resumed), resume_from=str(save)),
+        task("truth", "truth", ["one"], settings=settings(one), start=str(place / "found/one/rank-0.pt")),
+    ]
+    if adapter is None or adapter.base == "bf16":  # on a quantized base only the run itself merges
+        base = str(place / "model") if adapter is not None else None
+        second.append(task("save", "export", ["layout"], checkpoint=str(save), base=base))
+    return {"timeout_s": _TIMEOUT_S, "phases": [first, second]}
 
 
 def _run_host(host: str, jobs: dict[str, Any], place: Path) -> None:
@@ -151,6 +149,7 @@ def _load(place: Path, shrunken: Shrunken) -> Recordings:
     def ranks(name: str, count: int) -> list[Recorded]:
         return [torch.load(place / "found" / name / f"rank-{rank}.pt") for rank in range(count)]
 
+    save_export = place / "found/save/hf"
     layout, adapter = shrunken.run.output_dir(), shrunken.run.stage_config().adapter
     return Recordings(
         one=ranks("one", 1),
@@ -158,7 +157,7 @@ def _load(place: Path, shrunken: Shrunken) -> Recordings:
         resumed=ranks("resumed", 1),
         truth=torch.load(place / "found/truth/truth.pt"),
         export=layout / "hf",
-        save_export=place / "found/save/hf",
+        save_export=save_export if save_export.is_dir() else None,
         base=place / "model",
         lora_scale=adapter and adapter.alpha / adapter.rank,
     )

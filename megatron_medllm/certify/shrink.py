@@ -84,7 +84,8 @@ def shrink(run: RunConfig, place: Path, *, max_ranks: int, has_nf4: bool) -> Shr
 def in_one_process(run: RunConfig, output: Path) -> RunConfig:
     """The same run without any parallelism, writing elsewhere."""
     training = run.stage_config().model_dump() | ({"reference": None} if run.stage == "rpo" else {})
-    return RunConfig.model_validate(run.model_dump() | {"layout": {}, "run_dir": output, run.stage: training})
+    layout = {"distributed_optimizer": run.layout.distributed_optimizer}  # the two write other states
+    return RunConfig.model_validate(run.model_dump() | {"layout": layout, "run_dir": output, run.stage: training})
 
 
 def fold(layout: LayoutConfig, *, max_ranks: int) -> tuple[LayoutConfig, list[str]]:

@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
@@ -110,6 +111,7 @@ def build_optimizer(
         ),
         chunks,
     )
+    mend_saved_state(built)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads

@@ -149,9 +149,10 @@ def lora_half_not_reduced():
 
 @fault("gradients are not summed over the replicas", DP, "gradients, step 1")
 def no_gradient_all_reduce():
-    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
-    return patch.object(DistributedDataParallel, "finish_grad_sync", lambda self, *args, **kwargs: None)
+    nothing = {"start_grad_sync": lambda self, *_, **__: None, "finish_grad_sync": lambda self, *_, **__: None}
+    return patch.multiple(_ParamAndGradBucketGroup, **nothing)
 
 
 @fault("gradients are divided by the number of replicas once more", DP, "gradients, step 1")
@@ -184,7 +185,7 @@ def local_counts():
     return wrap(mcore, "finalize_model_grads", make)
 
 
-@fault("updated weights are not gathered from the ranks that updated them", DP, "losses")
+@fault("saves and exports do not wait for updated weights", DP, "copies of a weight on several ranks")
 def stale_gather():
     from megatron.core.distributed import DistributedDataParallel
 

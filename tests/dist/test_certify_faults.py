@@ -13,7 +13,7 @@ from megatron_medllm.config.run import RunConfig
 from tests.dist.certify_faults import FAULTS, VARIABLE
 
 HOST = "tests.dist.certify_faults"
-# One of every kind; the others run where MEDLLM_ALL_FAULTS is set.
+# One of every kind; the others run where MEDLLM_CERTIFY_ALL is set.
 IN_CI = ("no_head_all_reduce", "lora_half_not_reduced", "tied_embedding", "rejected_sees_chosen", "fc1_in_checkpoint")
 
 
@@ -38,12 +38,12 @@ def certificate_of(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name not in IN_CI and "MEDLLM_ALL_FAULTS" not in os.environ:
+    if name not in IN_CI and "MEDLLM_CERTIFY_ALL" not in os.environ:
         pytest.skip("runs with make certify-faults")
     certificate = certificate_of(name, tmp_path, monkeypatch)
     report = certificate_report(certificate)
     failing = {check.name: check.difference for check in certificate.checks if not check.passed}
-    if "MEDLLM_ALL_FAULTS" in os.environ:
-        with open(os.environ["MEDLLM_ALL_FAULTS"], "a") as stream:
+    if "MEDLLM_CERTIFY_ALL" in os.environ:
+        with open(os.environ["MEDLLM_CERTIFY_ALL"], "a") as stream:
             stream.write(json.dumps({"fault": name, "what": FAULTS[name].what, "failing": failing}) + "\n")
     assert FAULTS[name].found_by in failing, report
