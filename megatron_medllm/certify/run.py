@@ -159,7 +159,7 @@ def _load(place: Path, shrunken: Shrunken) -> Recordings:
         export=layout / "hf",
         save_export=save_export if save_export.is_dir() else None,
         base=place / "model",
-        lora_scale=adapter and adapter.alpha / adapter.rank,
+        lora_scale=None if adapter is None else adapter.alpha / adapter.rank,
     )
 
 

@@ -68,13 +68,15 @@ def shrink(run: RunConfig, place: Path, *, max_ranks: int, has_nf4: bool) -> Shr
         "fp8": section.fp8,
         "checkpoint": {"async_save": section.checkpoint.async_save},
     }
+    # Where the FFN is padded, one process pads it as much, so that it can load the layout's save.
+    ffn_multiple = _BLOCK * layout.tp if blocks or run.model.ffn_multiple else None
     special = _rpo(section, place, layout) if isinstance(section, RpoConfig) else _cpt(section, place, layout)
     settings = {
         "name": "certificate",
         "run_dir": place / "layout",
         "seed": run.seed,
         "stage": run.stage,
-        "model": {"path": place / "model", "dtype": "float32"},
+        "model": {"path": place / "model", "dtype": "float32", "ffn_multiple": ffn_multiple},
         "layout": layout,
         run.stage: training | special,
     }

@@ -70,7 +70,7 @@ class _Learner:
 
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
         """(HF weight, A, B) of every adapted weight; q, k and v share their A, and so do gate and up."""
-        found = []
+        found: list[tuple[str, Tensor, Tensor]] = []
         for name, half in self.trained.items():
             if name.endswith(".lora_b"):
                 a_name, hf = name.removesuffix(".lora_b").split("|")

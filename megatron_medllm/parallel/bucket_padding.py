@@ -2,8 +2,8 @@
 
 The problem: for a checkpoint that any layout can load, the distributed optimizer puts its buckets behind one another
 without the padding at their ends, and then looks parameters up at their places with that padding. Whatever lies behind
-a padded bucket is saved shifted: a resumed run gets wrong weights and moments, without an error. A bucket is padded to a
-multiple of lcm(dp x cp, 128); there are several where gradients overlap, or where a tied embedding has its own.
+a padded bucket is saved shifted: a resumed run gets wrong weights and moments, without an error. A bucket is padded to
+a multiple of lcm(dp x cp, 128); there are several where gradients overlap, or where a tied embedding has its own.
 Megatron-LM's pull request 5077 mended it upstream. The method here: put the padding back in before the look-up.
 """
 

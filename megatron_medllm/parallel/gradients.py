@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 
 @torch.no_grad()
-def reduced_gradients(chunks: Iterable[nn.Module]) -> dict[nn.Parameter, Tensor]:
+def reduced_gradients(chunks: Iterable[DistributedDataParallel]) -> dict[nn.Parameter, Tensor]:
     """Every trainable parameter's gradient between the backward pass and the update. Collective.
 
     With the distributed optimizer a rank holds the sum of its own part of a bucket only; the parts are gathered.

@@ -207,7 +207,7 @@ def dropped_micro_batch():
     return wrap(CptStep, "micro_batches", make)
 
 
-@fault("adapters are drawn from another seed on every replica", DP, "copies of a weight on several ranks",
+@fault("adapters are drawn from another seed on every replica", DP, "gradients, step 1",
        section=LORA)  # fmt: skip
 def seeds_differ():
     from megatron_medllm.models import adapters
@@ -354,7 +354,7 @@ def response_sum_twice():
     return patch.object(response_sums, "sum_over_context", summed)
 
 
-@fault("positions of a stream's second chunk are off by one", CP, "losses")
+@fault("positions of a rank's second chunk are off by one", CP, "transformers: losses")
 def positions_off_by_one():
     from megatron_medllm.parallel.packed import PackedSequences
 
@@ -403,7 +403,7 @@ def positions_behind_prompt():
     return wrap(pairs, "_pair_stream", make)
 
 
-@fault("the prompt sees a response: attention is not causal", {}, "transformers: losses", stage="rpo")
+@fault("the prompt sees a response: attention is not causal", {}, "layout: runs to its end", stage="rpo")
 def prompt_sees_response():
     from megatron_medllm.models import attention
 
@@ -451,7 +451,7 @@ def mean_of_means():
 
 
 @fault("recomputing drops the first layer's adapter gradients", DP | {"recompute": "full"},
-       "transformers: weights after step 3", section=LORA)  # fmt: skip
+       "gradients, step 1", section=LORA)  # fmt: skip
 def recompute_drops():
     from megatron_medllm.models.qwen25 import Qwen25Model
 
