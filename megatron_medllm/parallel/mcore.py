@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
 
@@ -99,6 +100,7 @@ def build_optimizer(
         chunks,
         use_gloo_process_groups=False,
     )
+    mend_saved_state(built)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
