@@ -90,6 +90,8 @@ def read_jsonl(path: Path) -> Iterator[dict]:
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
+                if kind := pointer_kind(line):
+                    raise UserError(f"{path} is a {kind} pointer, not the file: fetch it (`{kind} pull`)") from None
                 raise UserError(f"{path}:{number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")

@@ -25,7 +25,12 @@ def write_example_inputs(data: Path) -> Path:
     for seed, name in enumerate([*names, "medical_ja.jsonl", "bench_ja_20mb.jsonl"]):
         write_texts(data / name, seed=seed)
     write_exam(data / "igakuqa")
-    question = {"problem_id": "109001", "problem_text": "正しいのはどれか。", "choices": ["甲", "乙", "丙"], "answer": ["a"]}
+    question = {
+        "problem_id": "109001",
+        "problem_text": "正しいのはどれか。",
+        "choices": ["甲", "乙", "丙"],
+        "answer": ["a"],
+    }
     (data / "yakugakuqa").mkdir()
     (data / "yakugakuqa" / "2023.jsonl").write_text(json.dumps(question | {"points": "1"}, ensure_ascii=False) + "\n")
     (data / "pairs.jsonl").write_text(json.dumps({"prompt": "問い", "chosen": "正", "rejected": "誤"}) + "\n")

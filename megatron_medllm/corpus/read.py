@@ -293,13 +293,14 @@ def _read_parquet(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
         groups = list(range(piece.start, piece.stop))
         for table in file.iter_batches(batch_size=512, row_groups=groups, columns=columns, use_threads=False):
             batch = Documents(input_bytes=table.nbytes, lines_read=table.num_rows)
-            texts = _column(table, source.text_field)
-            ids = _column(table, source.id_field) if source.id_field in columns else [None] * len(texts)
+            texts, are_strings = _column(table, source.text_field)
+            ids = _column(table, source.id_field)[0] if source.id_field in columns else [None] * len(texts)
+            encoding = "utf-8" if are_strings else piece.encoding
             for text, identifier in zip(texts, ids, strict=True):
                 row += 1
                 if isinstance(identifier, bytes):
                     identifier = identifier.decode("utf-8", "replace")
-                batch.add(text, identifier, row, encoding=piece.encoding)
+                batch.add(text, identifier, row, encoding=encoding)
             yield batch
     except (pyarrow.ArrowException, OSError) as error:
         yield Documents(bad=[Loss(row + 1, "broken Parquet", str(error).splitlines()[0])], lines_read=1)
@@ -322,8 +323,8 @@ def _has_column(schema: Any, name: str) -> bool:
     return True
 
 
-def _column(table: Any, name: str) -> list[object]:
-    """A column's values; strings as their bytes, so that one that is no UTF-8 spoils its own row only."""
+def _column(table: Any, name: str) -> tuple[list[object], bool]:
+    """A column's values, and whether it holds strings: these come as bytes, for a broken one to spoil its row only."""
     import pyarrow
     import pyarrow.compute
 
@@ -335,9 +336,12 @@ def _column(table: Any, name: str) -> list[object]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind):
+    are_strings = (
+        pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
+    )
+    if are_strings:
         column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()
+    return column.to_pylist(), are_strings
 
 
 def _read_dataset(piece: Piece, source: SourceConfig) -> Iterator[Documents]:

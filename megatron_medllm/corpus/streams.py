@@ -38,7 +38,7 @@ class BrokenInputError(Exception):
 
 def compression_of(head: bytes, suffix: str) -> str:
     """How a file is packed, by its first bytes or else by its name; "" for not at all."""
-    if head.startswith(b"\x1f\x8b"):
+    if head.startswith(b"\x1f\x8b\x08"):  # the third byte tells it from a kanji in UTF-16
         return "gzip"
     if head.startswith(_ZSTD_MAGIC) or (len(head) >= 4 and int.from_bytes(head[:4], "little") in _ZSTD_SKIPPABLE):
         return "zstd"
@@ -85,11 +85,12 @@ def decode(text: bytes, encoding: str) -> str:
 def _look_up(error: UnicodeError) -> tuple[str, int]:
     if isinstance(error, UnicodeDecodeError) and error.encoding in _SUPERSETS:
         for size in (3, 2):
+            character = error.object[error.start : error.start + size]
             try:
-                found = error.object[error.start : error.start + size].decode(_SUPERSETS[error.encoding])
+                found = character.decode(_SUPERSETS[error.encoding])
             except UnicodeDecodeError:
                 continue
-            if len(found) == 1:
+            if len(character) == size and len(found) == 1:
                 return found, error.start + size
     raise error
 

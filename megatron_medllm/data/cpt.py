@@ -291,7 +291,8 @@ def validation_rows(settings: PackedDocumentsConfig, blend: Blend) -> tuple[dict
         rows by source, and an account of the shares, with the reason where one gives no row.
     """
     bounds = settings.split_matrix[Split.valid.value]
-    found, account = {}, Account("validation shares")
+    found: dict[str, CptRows] = {}
+    account = Account("validation shares")
     if bounds is None:
         return found, account
     for name, prefix in zip(blend.names, blend.prefixes, strict=True):

@@ -2,6 +2,8 @@
 
 import re
 
+from megatron_medllm.exams.labels import plain
+
 # Letters, digits and punctuation of either width become the usual ones; every character stays one character.
 ONE_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ",
@@ -40,7 +42,7 @@ _WORD = re.compile(r"[^\W_]")
 
 def says_something(line: str) -> bool:
     """Whether a line holds more than what leads to an answer."""
-    return bool(_WORD.search(_LEAD.sub("", line)))
+    return bool(_WORD.search(plain(_LEAD.sub("", line))))
 
 
 def first_line(text: str) -> str:

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from megatron_medllm.exams.labels import alphabet, plain, read_label, read_label_list, squeezed
-from megatron_medllm.exams.schema import QuestionRow
+from megatron_medllm.exams.schema import QuestionRow, short
 
 _NOTE = re.compile(r"\s*([^(（]+?)\s*[(（](.*)[)）]\s*$", re.DOTALL)
 _CHOOSE_SOME = re.compile(r"いずれか(?:\s*)([一二三123１２３])つ")
@@ -35,7 +35,7 @@ def counts_from(rows: Iterable[dict[str, Any]]) -> int | None:
         value = row.get("answer")
         if "problem_text" in row or isinstance(value, bool) or not isinstance(choices, list):
             continue
-        number = value if isinstance(value, int) else int(value) if _is_index(value) else None
+        number = value if isinstance(value, int) else int(str(value)) if _is_index(value) else None
         if number is None or (isinstance(value, str) and value in choices):
             continue
         zero |= number == 0 or (isinstance(value, int) and isinstance(row.get("subject"), str))
@@ -62,7 +62,9 @@ def read_number_gold(row: QuestionRow) -> tuple[str, ...]:
             text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
             if _NUMBER.fullmatch(text):
                 return (text,)
-        raise ValueError(f"field {field!r}: a question without choices needs one number as its gold, found {value!r}")
+        raise ValueError(
+            f"field {field!r}: a question without choices needs one number as its gold, found {short(value)}"
+        )
     raise ValueError("missing field 'answer': a question needs its gold")
 
 
@@ -104,7 +106,7 @@ def read_choice_gold(row: QuestionRow, *, counted_from: int | None) -> Gold:
         told = " or ".join(sorted("+".join(reading) for reading in readings))
         field, value = next(iter(row.gold.items()))
         raise ValueError(
-            f"field {field!r} may mean {told}, found {value!r}: write letters, or `answer_index` (counted from 0)"
+            f"field {field!r} may mean {told}, found {short(value)}: write letters, or `answer_index` (counted from 0)"
         )
     keys = next(iter(readings))
     accepted = tuple(combinations(sorted(keys), any_of)) if any_of else (tuple(sorted(keys)),)
@@ -115,7 +117,9 @@ def _items(value: Any) -> tuple[list[str | int], int | None]:
     """The gold as a list, and how many are enough where its note says so (`3（いずれか2つを選択で正解とする）`)."""
     items = value if isinstance(value, list) else [value]
     if not items or not all(_is_key(item) for item in items):
-        raise ValueError(f"must be a label or a non-empty list of labels: a question needs its gold, found {value!r}")
+        raise ValueError(
+            f"must be a label or a non-empty list of labels: a question needs its gold, found {short(value)}"
+        )
     last = items[-1]
     if isinstance(last, str):
         note = _NOTE.match(last)
@@ -181,7 +185,7 @@ def _readings(
                 found.append(tuple(labels[place] for place in places))
     if not found:
         first = next((item for item, keys in zip(items, by_label, strict=True) if not keys), items[0])
-        raise ValueError(f"names {first!r}, which is not a choice ({', '.join(labels)})")
+        raise ValueError(f"names {short(first)}, which is not a choice ({', '.join(labels)})")
     distinct = [keys for keys in found if len(set(keys)) == len(keys)]
     if not distinct:
         raise ValueError(f"names a choice twice ({', '.join(found[0])})")

@@ -22,7 +22,9 @@ _NEGATED = re.compile(
     r"\s*(?:[.:]\s*)?(?:では?な[いく]|じゃな[いく]|以外|誤り|誤って|不正解|不適切|間違|×"
     r"|(?:is|are)\s+(?:not|wrong|incorrect|false)\b|(?:wrong|incorrect|false)\b)"
 )
-_OR = re.compile(r"\s*(?:\bor\b|か(?!ら)|または|又は|あるいは|もしくは|ないし|~|から)\s*[(「\[]?[a-z\d]")
+_OR = re.compile(
+    r"\s*(?:\bor\b|か(?!ら)|または|又は|あるいは|もしくは|ないし|[~〜∼–−-]|から)\s*[(「\[]?[a-z\d](?![a-z])"
+)
 _NO = r"(?![^。,、]*な[いく])"
 # What may stand right behind a label: the end, punctuation, or what makes a sentence of it (`cです`, `2番`).
 _AFTER = re.compile(
@@ -58,6 +60,7 @@ def read_labels(original: str, question: Question) -> tuple[tuple[str, ...], str
     line = _one_list(original)
     choices = dict(zip(question.labels, map(_one_list, question.choices), strict=False))
     labels: list[str] = []
+    joined = False
     position = _end(_OPENING, line, 0)
     while word := _word_at(line, position, question, choices):
         keys = _keys(word.text, question.labels)
@@ -69,6 +72,7 @@ def read_labels(original: str, question: Question) -> tuple[tuple[str, ...], str
             if _negated(line, word.end):
                 return (), "no answer read"
             if _in_a_term(line, word, question) or (not labels and _GENUS.match(original)):
+                labels = [] if joined else labels  # `A・B型` is no a
                 break
         labels += keys
         position = _end(_CLOSING, line, word.end)
@@ -123,7 +127,9 @@ def _keys(word: str, labels: tuple[str, ...]) -> list[str] | None:
 def _in_a_term(line: str, word: _Word, question: Question) -> bool:
     """Whether the letter begins a word, or the number counts something."""
     rest = line[word.end :]
-    if not _AFTER.match(rest) or _TERM.match(rest):
+    bracket = re.match(_CLOSE, rest)
+    inside = rest[bracket.end() :] if bracket else rest
+    if not _AFTER.match(rest) or not _AFTER.match(inside) or _TERM.match(rest):
         return True
     if question.labels[0].isdigit():
         return bool(_UNIT.match(rest))

@@ -11,7 +11,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.exams.gold import counts_from
 from megatron_medllm.exams.question import Question, VoidQuestionError, question_from_row
 from megatron_medllm.exams.rows import read_rows
-from megatron_medllm.exams.schema import read_metadata_row
+from megatron_medllm.exams.schema import QuestionRow, read_metadata_row, read_question_row
 from megatron_medllm.storage import read_json
 
 RULES_DIR = Path(__file__).parent / "rules"
@@ -122,6 +122,26 @@ def load_shots(path: Path, rules: dict[str, Any] | None = None) -> tuple[Questio
         UserError: as `load_exam`.
     """
     return tuple(question for _, question in _load_file(path, rules or {}) if isinstance(question, Question))
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether a file only tells about the questions of the file beside it."""
+    return path.name.endswith(_METADATA)
+
+
+def load_question_texts(path: Path) -> list[QuestionRow]:
+    """The questions of a file as far as their text goes: nothing is asked of their gold, and `text` alone is enough.
+
+    Raises:
+        UserError: a row is no question; names file and line.
+    """
+    found = []
+    for number, (place, row) in enumerate(read_rows(path), start=1):
+        try:
+            found.append(read_question_row(row, needs_gold=False, default_id=f"{path.name}:{number}"))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+    return found
 
 
 def _load_file(path: Path, rules: dict[str, Any]) -> list[tuple[str, Question | str]]:

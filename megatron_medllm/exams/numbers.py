@@ -7,7 +7,7 @@ _RAISED = str.maketrans({c: f"^{d}" for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹
 _EQUALS = re.compile(r"[=≒≈≅→⇒]")
 _SENTENCE_END = re.compile(r"。|[.](?=\s|$)|(?<=\d)\s*[(（]|;")
 _NUMBER = re.compile(
-    r"(?<![a-z\d.])(?P<minus>マイナス\s*|[-−+])?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d])"
+    r"(?<![a-z\d.])(?P<minus>マイナス\s*|[-−+])?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d(?:,\d)+(?![\d.])|\d+(?:\.\d+)?|\.\d+)(?![\d])"
 )
 # Digits of units (`m2`, `m^2`, `/1.73m2`, `co2`) are no second number.
 _ANOTHER = re.compile(r"(?<![a-z\d^.])(?<!/)\d")
@@ -23,6 +23,7 @@ _LISTED = re.compile(r"[,、;と]\s*[^\d=,、;]+$")
 def read_number(line: str) -> str | None:
     """The number that a line gives, as digits without thousands separators; None where there is none.
 
+    Single digits with commas are those of the answer sheet's boxes (`1,3,0`).
     Behind the last `=` (`4.2 ÷ 2 = 2.1` is 2.1), with any unit and width. A calculation without its result, a range, a
     fraction, a bound (`5以上`), a power of ten, `2万` and a second number are not read: each may mean another number.
     """

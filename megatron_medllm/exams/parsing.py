@@ -26,7 +26,7 @@ from megatron_medllm.exams.question import Question
 
 Parser = Literal["lenient", "strict"]
 
-_WORD_MARKER = re.compile(rf"{MARKER_WORD}\s*(?:は|is)?\s*", re.IGNORECASE)
+_WORD_MARKER = re.compile(rf"{MARKER_WORD}\s*(?:は|is)?[、,]?\s*", re.IGNORECASE)
 _STRICT_MARKER = re.compile(r"答え[:：]")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron_medllm.exams.gold import NO_ANSWER, Gold, read_choice_gold, read_number_gold
 from megatron_medllm.exams.labels import read_label_list
-from megatron_medllm.exams.schema import read_metadata_row, read_question_row
+from megatron_medllm.exams.schema import read_metadata_row, read_question_row, short
 
 _LICENSING_ID = re.compile(r"\d{3}([A-F])\d+$")
 
@@ -104,6 +104,6 @@ def _prohibited(items: tuple[str, ...], labels: tuple[str, ...]) -> frozenset[st
     for item in items:
         keys = read_label_list(item, labels)
         if keys is None:
-            raise ValueError(f"field 'kinki' names {item!r}, which is not a choice ({', '.join(labels)})")
+            raise ValueError(f"field 'kinki' names {short(item)}, which is not a choice ({', '.join(labels)})")
         found |= set(keys)
     return frozenset(found)

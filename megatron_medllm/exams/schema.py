@@ -30,6 +30,7 @@ GOLD_FIELDS = ("answer_idx", "answer_index", "answerKey", "answer")
 _GOLD_ELSEWHERE = ("label",)  # AGIEval
 _LABEL_KEYS, _TEXT_KEYS = ("label", "key", "letter", "id"), ("text", "value", "content")
 _PRINTED = re.compile(r"\s*[(（\[]?([A-Za-zＡ-Ｚａ-ｚ]|[\d０-９]{1,2}|[①-⑳])([)）\].．:：、]|(?<=[①-⑳]))\s*(?=\S)")
+_MOST_POINTS = 10_000
 PICTURES = "IMAGES"
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -58,7 +59,7 @@ def _whole(value: Any) -> int:
         number = Decimal(str(value).strip())
     except InvalidOperation:
         raise _fault(message) from None
-    if not number.is_finite() or number < 0 or number != number.to_integral_value():
+    if not number.is_finite() or not 0 <= number <= _MOST_POINTS or number != number.to_integral_value():
         raise _fault(message)
     return int(number)
 
@@ -96,18 +97,23 @@ def _choices(value: Any) -> Choices:
     if value == PICTURES:
         return Choices(pictures=True)
     pairs = _labelled(value)
-    if pairs is None and (not isinstance(value, list) or not all(isinstance(item, str) for item in value)):
+    if pairs is None and (not isinstance(value, list) or not all(map(_is_text, value))):
         raise _fault("must be a list of strings, or labels with their texts")
     if len(value) > len(ascii_lowercase):
         raise _fault(f"has {len(value)} entries; at most {len(ascii_lowercase)} can be labelled")
     if pairs is None:
-        return Choices(tuple(value))
+        return Choices(tuple(map(str, value)))
     by_label = dict(pairs)
     for digits in (False, True):
         labels = alphabet(len(pairs), digits=digits)
         if set(by_label) == set(labels):
             return Choices(tuple(by_label[label] for label in labels), labels)
-    raise _fault(f"are labelled {', '.join(label for label, _ in pairs)}; expected a, b, … or 1, 2, … without gaps")
+    raise _fault(f"are labelled {short([label for label, _ in pairs])}; expected a, b, … or 1, 2, … without gaps")
+
+
+def _is_text(value: Any) -> bool:
+    """A choice's text; a number stands for its digits."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _labelled(value: Any) -> list[tuple[str, str]] | None:
@@ -129,9 +135,9 @@ def _labelled(value: Any) -> list[tuple[str, str]] | None:
         ]
     else:
         return None
-    if not all(isinstance(label, str | int) and isinstance(text, str) for label, text in pairs):
+    if not all(isinstance(label, str | int) and _is_text(text) for label, text in pairs):
         raise _fault("must have a label and a text each")
-    return [(read_label(str(label)), text) for label, text in pairs]
+    return [(read_label(str(label)), str(text)) for label, text in pairs]
 
 
 def _printed(texts: list[Any]) -> dict[str, str] | None:
@@ -239,9 +245,10 @@ def _validated(model: type[_Model], values: dict[str, Any], names: dict[str, str
         what = (
             "missing" if fault["type"] == "missing" else fault["msg"].removeprefix("Input ").replace("should", "must")
         )
-        raise ValueError(f"field {names.get(field, field)!r} {what}, found {_short(fault['input'])}") from None
+        raise ValueError(f"field {names.get(field, field)!r} {what}, found {short(fault['input'])}") from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """How a message shows a value: one line of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -97,6 +97,11 @@ def training_questions(config: PairsConfig) -> tuple[list[Question], dict[str, A
             f"questions: {len(found)} of {len(questions)} are in the evaluation exam (first: {first} and {twin}, "
             f"{reason}); train on other questions, or set contamination=drop"
         )
+    account = Account("questions")
+    account.add(loaded.account)
+    for problem_id, (twin, reason) in found.items():
+        account.keep(source.name, -1)
+        account.lose(source.name, "in the evaluation exam", f"{problem_id} and {twin}: {reason}")
     questions = [question for question in questions if question.problem_id not in found]
     if config.letters:
         questions = [with_letters(question) for question in questions]
@@ -104,7 +109,12 @@ def training_questions(config: PairsConfig) -> tuple[list[Question], dict[str, A
         raise UserError(f"questions of {source.name!r}: none is left to learn from")
     checked = config.exam is not None and config.contamination != "allow"
     dropped = {problem_id: list(twin) for problem_id, twin in found.items()}
-    return questions, {"checked": checked, "dropped": dropped, "void_questions": list(loaded.void_ids)}
+    return questions, {
+        "checked": checked,
+        "dropped": dropped,
+        "void_questions": list(loaded.void_ids),
+        "account": account.to_json(),
+    }
 
 
 def _same_paper(config: PairsConfig) -> bool:

@@ -22,8 +22,9 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json
+from megatron_medllm.train.reference import quantized_base, reference_key
 from megatron_medllm.train.response_sums import sum_by_response
-from megatron_medllm.train.scoring import load_run_pairs, pack_batch, quantized_base, reference_key, shares_prompt
+from megatron_medllm.train.scoring import load_run_pairs, pack_batch, shares_prompt
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class RpoStep:
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         guard = self._config.rpo_guard
-        if step == 0 and self._reference:
+        if step == 0 and self._reference and not self._starts_with_noise():
             self._check_start(metrics)
         if abs(metrics["margin"]) > guard.max_margin:
             raise UserError(
@@ -171,6 +172,11 @@ class RpoStep:
                 len(rewards),
             )
             rewards.clear()
+
+    def _starts_with_noise(self) -> bool:
+        """Dropout on an adapter that is no longer zero: the first step's policy is not the reference, by design."""
+        adapter = self._config.adapter
+        return adapter is not None and adapter.path is not None and adapter.dropout > 0
 
     def _check_start(self, metrics: dict[str, float]) -> None:
         """Before the first update the policy is the reference: any margin means that one of them is wrong."""

@@ -27,7 +27,7 @@ class StepClock:
         """Time a block; on CUDA up to the end of its kernels."""
         started = time.monotonic()
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # a CPU has no queue of kernels to wait for
             torch.cuda.synchronize()
         self.parts[name] = time.monotonic() - started
 

@@ -18,7 +18,9 @@ from test_corpus_read import TEXTS, read_all, read_dropped
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.streams import BATCH_BYTES, BrokenInputError, read_blocks
+from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
+from megatron_medllm.storage import read_jsonl
 
 ROWS = [{"id": f"a-{i}", "text": text} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -145,6 +147,11 @@ def test_pointers_are_called_pointers(tmp_path):
     path.rename(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="git lfs pointer"):
         read_all(tmp_path / "a.parquet")
+    path = (tmp_path / "a.parquet").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="git lfs pointer"):
+        describe_tokenizer(str(path))
+    with pytest.raises(UserError, match="git lfs pointer"):
+        list(read_jsonl(path))
 
 
 # -- marks and encodings ---------------------------------------------------------------------------------------------
@@ -297,6 +304,18 @@ def test_parquets_binary_columns_are_text(tmp_path, kind):
     values = [text.encode("cp932") for text in TEXTS[:3]]
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), tmp_path / "a.parquet")
     assert read_all(tmp_path / "a.parquet", encoding="cp932")[:2] == (TEXTS[:3], [])
+
+
+def test_encoding_is_of_binary_columns_only(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    assert read_all(tmp_path / "a.parquet", encoding="utf-16")[:2] == (TEXTS, [])
+
+
+@pytest.mark.parametrize("data", [b"\xed", b"\xed@", b"\xed@\xed", b"a\x87"])
+def test_a_character_of_the_superset_at_the_very_end(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    texts, bad, _ = read_all(tmp_path / "a.txt", encoding="shift_jis")
+    assert texts == ([data.decode("cp932")] if data == b"\xed@" else []) and len(texts) + len(bad) == 1
 
 
 def test_a_broken_string_spoils_its_own_row_only(tmp_path):

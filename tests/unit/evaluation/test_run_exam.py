@@ -1,5 +1,6 @@
 """An exam whose answers a script gives: every number of the summary is known beforehand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,17 @@ def test_limit_modes_and_samples(exam_dir: Path, tmp_path: Path) -> None:
 
 def test_chat_and_shots_reach_the_model(exam_dir: Path, tmp_path: Path) -> None:
     shots = tmp_path / "shots.jsonl"
-    shots.write_bytes((exam_dir / "2001" / "900-A.jsonl").read_bytes())
+    rows = [
+        {
+            "problem_id": f"s{number}",
+            "problem_text": "別の例題。",
+            "choices": ["甲", "乙"],
+            "answer": ["b"],
+            "explanation": "乙。",
+        }
+        for number in range(2)
+    ]
+    shots.write_text("\n".join(map(json.dumps, rows)))
     prompt = PromptConfig(chat=True, shots=2, shot_file=shots)
     with ScriptedEndpoint(script) as server:
         run_exam(config(exam_dir, server.url, prompt=prompt), Path("m"), tmp_path / "out")
@@ -163,6 +174,17 @@ def test_chat_and_shots_reach_the_model(exam_dir: Path, tmp_path: Path) -> None:
         run_exam(config(exam_dir, server.url, prompt=PromptConfig(shots=3, shot_file=shots)), Path("m"), tmp_path)
     with pytest.raises(UserError, match="needs worked examples"):
         run_exam(config(exam_dir, server.url, prompt=PromptConfig(shots=3)), Path("m"), tmp_path)
+
+
+def test_a_worked_example_that_is_a_question_of_the_exam(exam_dir: Path, tmp_path: Path) -> None:
+    """The same text in full width and under another id is the same question."""
+    rows = [json.loads(line) for line in (exam_dir / "2001" / "900-A.jsonl").read_text().splitlines()]
+    wide = rows[1]["problem_text"].translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)})
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text(json.dumps(rows[1] | {"problem_id": "s1", "problem_text": wide}))
+    prompt = PromptConfig(shots=1, shot_file=shots)
+    with pytest.raises(UserError, match="few-shot item s1 is question 900A2 of the exam"):
+        run_exam(config(exam_dir, "http://x", prompt=prompt), Path("m"), tmp_path / "out")
 
 
 def test_bad_configurations(exam_dir: Path, tmp_path: Path) -> None:
