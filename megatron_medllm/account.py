@@ -97,18 +97,18 @@ class Account:
         return account
 
     def lines(self) -> list[str]:
-        """For the terminal: a line per subject, one per kind of loss, and a warning where more than half was lost."""
-        lines = []
-        for name, tally in self.subjects.items():
-            lost = f", {tally.total_lost:,} lost" if tally.lost else ""
-            lines.append(f"{name}: {tally.kept:,} {self.unit} kept{lost}")
-            lines += [f"  {kind}: {loss.count:,}, first {loss.first}" for kind, loss in tally.lost.items()]
-        return lines + [f"warning: {warning}" for warning in self.warnings()]
+        """For the terminal: what each subject kept, then `loss_lines`."""
+        kept = [f"{name}: {tally.kept:,} {self.unit} kept" for name, tally in self.subjects.items()]
+        return kept + self.loss_lines()
+
+    def loss_lines(self) -> list[str]:
+        """A line for every subject and kind of loss, and a warning where more than half was lost."""
+        return self.losses() + [f"warning: {warning}" for warning in self.warnings()]
 
     def losses(self) -> list[str]:
-        """A line for every subject and kind of loss, to log on its own."""
+        """A line for every subject and kind of loss: how many, and the first."""
         return [
-            f"{name}: {kind}: {loss.count:,}, first {loss.first}"
+            f"{name}: lost {loss.count:,} ({kind}), first {loss.first}"
             for name, tally in self.subjects.items()
             for kind, loss in tally.lost.items()
         ]
@@ -120,7 +120,7 @@ class Account:
             if tally.lost_share > _WARN_ABOVE:
                 kind, _ = self._worst(tally)
                 total = tally.kept + tally.total_lost
-                found.append(f"{name} lost {tally.total_lost:,} of {total:,} {self.unit}, most of them to: {kind}")
+                found.append(f"{name} lost {tally.total_lost:,} of {total:,} {self.unit} (mostly: {kind})")
         return found
 
     def require(self, way_out: str, *, subject: str | None = None) -> None:

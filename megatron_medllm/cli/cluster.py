@@ -77,7 +77,7 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     """Cancel the jobs of this run, and of this run only."""
     from megatron_medllm.launch.status import cancel as cancel_run
 
-    console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
+    print_text(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
 
 
 def doctor() -> None:
@@ -86,5 +86,5 @@ def doctor() -> None:
     from megatron_medllm.launch.doctor import doctor_report, failed
 
     checks = examine()
-    console.print(doctor_report(checks), markup=False, highlight=False)
+    print_text(doctor_report(checks))
     raise typer.Exit(1 if failed(checks) else 0)

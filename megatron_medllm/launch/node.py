@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE
+from megatron_medllm.errors import USER_ERROR_EXIT_CODE
 from megatron_medllm.launch.jobs import RunFiles, read_specification
 from megatron_medllm.processes import ProcessId, host_name
 from megatron_medllm.storage import read_json, write_json
@@ -187,7 +188,8 @@ def exit_status(codes: list[int]) -> int:
     """One exit status for a node's processes.
 
     A request to run again counts only if every process that failed asked for it or was interrupted beside one that
-    did; any real failure wins. Death by signal -n becomes 128 + n, as shells write it.
+    did; any real failure wins, and of these a wrong input, which no other start mends. Death by signal -n becomes
+    128 + n, as shells write it.
     """
     failed = [code for code in codes if code]
     if not failed:
@@ -195,6 +197,8 @@ def exit_status(codes: list[int]) -> int:
     interrupted = {REQUEUE_EXIT_CODE, -signal.SIGUSR1, -signal.SIGTERM}
     if REQUEUE_EXIT_CODE in failed and set(failed) <= interrupted:
         return REQUEUE_EXIT_CODE
+    if USER_ERROR_EXIT_CODE in failed:  # the others may have crashed because one gave up
+        return USER_ERROR_EXIT_CODE
     worst = next((code for code in failed if code not in interrupted), failed[0])
     return worst if worst > 0 else 128 - worst
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE, ClusterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
-from megatron_medllm.launch.render import SCRIPTS, render_script, sbatch_options
+from megatron_medllm.launch.render import SCRIPTS, check_run_dir, render_script, sbatch_options
 from megatron_medllm.launch.status import refuse_queued
 from megatron_medllm.provenance import PACKAGE, git_state
 from megatron_medllm.recipe.owner import owning
@@ -34,11 +34,12 @@ def submit(
         dry_run: render everything, write and queue nothing; ids read `<cpt>`.
 
     Raises:
-        UserError: jobs of this run are still queued, Slurm refused a job (those already queued are cancelled), or
-            the site settings are missing.
+        UserError: batch scripts cannot name the run directory, jobs of this run are still queued, Slurm refused a job
+            (those already queued are cancelled), or the site settings are missing.
     """
     files = RunFiles(run.resolve())
     check_chain(jobs)
+    check_run_dir(files.run)
     if dry_run:
         placeholders = {job.name: f"<{job.name}>" for job in jobs}
         return Submission({job.name: render_job(job, files, cluster, placeholders) for job in jobs}, {})

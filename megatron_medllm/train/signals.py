@@ -10,7 +10,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from megatron_medllm.config.cluster import seconds_of
 from megatron_medllm.config.train import GuardConfig
+from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.runtime import Runtime
 
 WALLTIME_VARIABLE = "MEDLLM_WALLTIME_S"
@@ -25,7 +27,7 @@ class StopRequests:
     """
 
     def __init__(self, guard: GuardConfig, started: float) -> None:
-        walltime = guard.walltime_s or float(os.environ.get(WALLTIME_VARIABLE, "inf"))
+        walltime = guard.walltime_s or allotted_s()
         self._deadline = started + walltime
         self._signal: str | None = None
         self._longest_step_s = 0.0
@@ -55,6 +57,22 @@ class StopRequests:
         if votes[0]:
             return self._signal or "a signal on another process"
         return "the time limit" if votes[1] else None
+
+
+def allotted_s() -> float:
+    """Seconds that the environment allots to this run, in seconds or as 12:00:00; infinite if it says nothing.
+
+    Raises:
+        UserError: it says something else.
+    """
+    text = os.environ.get(WALLTIME_VARIABLE, "inf")
+    try:
+        seconds = float(seconds_of(text))
+    except ValueError:
+        seconds = float("nan")
+    if not seconds > 0:
+        raise UserError(f"{WALLTIME_VARIABLE}={text}: expected seconds, or a time such as 12:00:00")
+    return seconds
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class StepClock:
         started = time.monotonic()
         self._on_part(name)
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # a CPU has no queue of kernels to wait for
             torch.cuda.synchronize()
         self.parts[name] = time.monotonic() - started
         self._on_part("")

@@ -150,7 +150,8 @@ def test_writers_that_fail_leave_nothing_and_the_last_save_must_succeed(tiny_wor
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for step in (2, 4, 6):
-        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: Worker failure" in caplog.text
+        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: rank 0 on " in caplog.text
+    assert caplog.text.count("__0_0.distcp: File too large") == 3
     assert list((tmp_path / "cpt" / "checkpoints").iterdir()) == []
 
 
@@ -238,3 +239,18 @@ def test_perplexity_is_reported_per_source(reference):
     last = json.loads((reference / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation_loss_medical"] == last["validation_loss"]
     assert last["validation_perplexity_medical"] == pytest.approx(math.exp(last["validation_loss"]))
+
+
+def test_other_files_among_the_checkpoints_are_left_alone(tiny_world, tmp_path, caplog):
+    settings = cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": {"every_steps": 2, "keep": 1}})
+    checkpoints = tmp_path / "cpt" / "checkpoints"
+    others = ["step-00000010.bak", "step-final", "step-7", "step-０００００００９", "step--0000001"]
+    for name in others:
+        (checkpoints / name).mkdir(parents=True)
+    (checkpoints / "step-00000099").write_text("notes of mine")
+    for _ in range(2):
+        caplog.set_level("INFO")
+        assert train(run_config(settings)) == 0
+    assert f"resuming from {checkpoints / 'step-00000006'}" in caplog.text
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == sorted([*others, "step-00000006", "step-00000099"])

@@ -18,13 +18,13 @@ def filled() -> Account:
 
 def test_counts_and_the_first_of_each_kind_are_told():
     assert filled().lines() == [
-        "a: 3 documents kept, 4 lost",
-        "  not JSON: 2, first a.jsonl:2: not JSON: column 7",
-        "  too short: 2, first a.jsonl:4: 3 characters",
-        "b: 0 documents kept, 5 lost",
-        "  not UTF-8: 5, first b.txt:1: not UTF-8",
-        "warning: a lost 4 of 7 documents, most of them to: not JSON",
-        "warning: b lost 5 of 5 documents, most of them to: not UTF-8",
+        "a: 3 documents kept",
+        "b: 0 documents kept",
+        "a: lost 2 (not JSON), first a.jsonl:2: not JSON: column 7",
+        "a: lost 2 (too short), first a.jsonl:4: 3 characters",
+        "b: lost 5 (not UTF-8), first b.txt:1: not UTF-8",
+        "warning: a lost 4 of 7 documents (mostly: not JSON)",
+        "warning: b lost 5 of 5 documents (mostly: not UTF-8)",
     ]
 
 
@@ -34,7 +34,7 @@ def test_half_is_not_more_than_half():
     account.lose("tier", "copy", "p:1: copy", count=2)
     assert account.warnings() == []
     account.lose("tier", "copy", "p:2: copy")
-    assert account.warnings() == ["tier lost 3 of 5 pairs, most of them to: copy"]
+    assert account.warnings() == ["tier lost 3 of 5 pairs (mostly: copy)"]
 
 
 def test_a_subject_without_anything_left_stops_the_stage():
