@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.bucket_padding import mend_saved_state
+from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
@@ -39,11 +41,14 @@ ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
 
 
 def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutConfig) -> list[nn.Module]:
-    """Megatron's data parallelism around each chunk: fp32 gradient buffers, overlapped where it pays."""
+    """Megatron's data parallelism around each chunk: fp32 gradient buffers, overlapped as the layout says."""
+    overlapped = overlaps(layout, next(chunks[0].parameters()).device.type)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
-        overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+        overlap_grad_reduce=overlapped.grad_reduce,
+        overlap_param_gather=overlapped.param_gather,
+        align_param_gather=overlapped.param_gather and layout.vpp > 1,  # the schedule starts those gathers
+        bucket_size=layout.bucket_size,
         use_distributed_optimizer=layout.distributed_optimizer,
         check_for_nan_in_grad=False,  # the loop skips such a step; upstream's check would end the process
     )
@@ -72,9 +77,8 @@ def build_optimizer(
     Raises:
         UserError: bf16 moments where there is no Transformer Engine to keep them.
     """
-    moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
-    if moments is torch.bfloat16 and not (HAVE_TE and torch.cuda.is_available()):
-        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    ddp_config: DistributedDataParallelConfig = vars(chunks[0])["ddp_config"]
+    moments = moments_dtype(optimizer, fused=HAVE_TE and torch.cuda.is_available())
     built = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",
@@ -88,7 +92,7 @@ def build_optimizer(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
             use_precision_aware_optimizer=moments is not torch.float32,
             exp_avg_dtype=moments,
             exp_avg_sq_dtype=moments,
@@ -96,6 +100,7 @@ def build_optimizer(
         chunks,
         use_gloo_process_groups=False,
     )
+    mend_saved_state(built)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
@@ -103,11 +108,24 @@ def build_optimizer(
     hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
     no_sync, grad_sync, param_sync = zip(*hooks, strict=True)
     config.no_sync_func = list(no_sync) if len(chunks) > 1 else no_sync[0]
-    if torch.cuda.is_available():
+    if ddp_config.overlap_grad_reduce:
         config.grad_sync_func = list(grad_sync) if len(chunks) > 1 else grad_sync[0]
-        if layout.distributed_optimizer:
-            config.param_sync_func = list(param_sync) if len(chunks) > 1 else param_sync[0]
+    if ddp_config.align_param_gather:  # interleaved stages; elsewhere the forward pre-hooks start every gather
+        config.param_sync_func = list(param_sync)
     return built
+
+
+def moments_dtype(optimizer: OptimizerConfig, *, fused: bool) -> torch.dtype:
+    """The type of Adam's moments; `fused`: Transformer Engine's Adam is there, a CUDA kernel that casts them.
+
+    Raises:
+        UserError: bf16 moments without it.
+    """
+    if optimizer.moments_dtype == "float32":
+        return torch.float32
+    if not fused:
+        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    return torch.bfloat16
 
 
 def run_micro_batches(
@@ -145,8 +163,9 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
 def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What a checkpoint holds, as Megatron-Core's sharded tensors: any layout can read what any layout wrote.
 
-    Of a partly frozen model (adapters) it holds what trains: the base is read from its own directory again.
+    Of a partly frozen model (adapters) it holds what trains: the base is read from its own directory again. Collective.
     """
+    gather_parameters(chunks)  # what is saved must be current; what is loaded must not be gathered over
     metadata = {"dp_cp_group": _data_parallel_group(), "distrib_optim_sharding_type": "fully_reshardable"}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {name: _chunk_state(chunk, metadata) for name, chunk in zip(names, chunks, strict=True)}

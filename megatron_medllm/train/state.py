@@ -9,6 +9,7 @@ disk mostly, is reported and leaves nothing behind; training goes on and tries a
 """
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from megatron_medllm.storage import digest_file, read_json, write_json
 log = logging.getLogger(__name__)
 
 _STATE, _DIGESTS = "state.json", "digests.json"
+_NAME = re.compile(r"step-(\d{8,})", re.ASCII)
 _SPARE = 1.02  # what files take beyond their tensors
 
 
@@ -186,7 +188,9 @@ class Checkpoints:
                 shutil.rmtree(self.directory / f"step-{step:08d}")
 
     def _steps(self) -> list[int]:
-        return [int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*")]
+        """Steps of the checkpoints by name; what else lies there (copies, notes) is left alone."""
+        matches = (_NAME.fullmatch(path.name) for path in self.directory.glob("step-*") if path.is_dir())
+        return [int(match[1]) for match in matches if match]
 
     def newest_verified(self) -> Path | None:
         """The newest checkpoint whose files match their digests; says which it passed over. Collective."""
