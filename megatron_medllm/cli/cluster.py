@@ -60,7 +60,8 @@ def submit(
     ] = False,
 ) -> None:
     """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
-    from megatron_medllm.recipe import certificates, certify_stages, submit_bench, submit_recipe
+    from megatron_medllm.certify.stages import certificates, certify_stages
+    from megatron_medllm.launch.recipe_jobs import submit_bench, submit_recipe
 
     run = load_recipe(config, overrides)
     if certify_first:
@@ -109,7 +110,7 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     """Cancel the jobs of this run, and of this run only."""
     from megatron_medllm.launch.status import cancel as cancel_run
 
-    console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
+    print_text(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
 
 
 def doctor() -> None:
@@ -118,5 +119,5 @@ def doctor() -> None:
     from megatron_medllm.launch.doctor import doctor_report, failed
 
     checks = examine()
-    console.print(doctor_report(checks), markup=False, highlight=False)
+    print_text(doctor_report(checks))
     raise typer.Exit(1 if failed(checks) else 0)

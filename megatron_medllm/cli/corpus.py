@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_medllm.cli.options import Config, Overrides, console, load_recipe
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 corpus_app = typer.Typer(no_args_is_help=True, help="Japanese text to Megatron's indexed data sets.")
@@ -20,6 +20,7 @@ def corpus_build(
     strict: Annotated[bool, typer.Option("--strict", help="the first broken document is fatal")] = False,
 ) -> None:
     """Read, clean, deduplicate, decontaminate, tokenize and index the recipe's corpora."""
+    from megatron_medllm.account import Account
     from megatron_medllm.corpus.build import build
 
     run = load_recipe(config, overrides)
@@ -29,7 +30,10 @@ def corpus_build(
         if only in (None, name):
             manifest = build(section, run.run_dir / "corpus" / name, workers=workers, strict=strict)
             for source, facts in manifest["sources"].items():
-                console.print(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+                print_text(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+            if "account" in manifest:  # earlier versions' manifests hold none
+                for line in Account.from_json(manifest["account"]).loss_lines():
+                    print_text(line)
 
 
 @corpus_app.command("inspect")
@@ -40,4 +44,4 @@ def corpus_inspect(
     """Check an indexed data set against its manifest and show decoded samples."""
     from megatron_medllm.corpus.inspect import inspect
 
-    console.print(str(inspect(prefix, samples=samples)), markup=False, highlight=False)
+    print_text(str(inspect(prefix, samples=samples)))

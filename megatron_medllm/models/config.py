@@ -66,6 +66,7 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_std,
+        cuda_graph_scope=[],  # the default is a spelling that Megatron-Core itself warns of
         perform_initialization=False,  # weights are read, or drawn by `initialize_weights`
         params_dtype=dtype,
         pipeline_dtype=dtype,

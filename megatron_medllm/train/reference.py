@@ -50,7 +50,7 @@ def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> Refer
 
 
 def digest_weights(hf_dir: Path) -> str:
-    """Digest of an HF directory's tensors and shape; in a process group every file is read by one rank only. Collective.
+    """Digest of an HF directory's tensors and shape; of a process group one rank reads each file. Collective.
 
     Raises:
         UserError: a file cannot be read; raised on every rank.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet, load_pairs, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pair_streams import PairMicroBatch, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pairs import Pair, PairSet, load_pairs
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime

@@ -110,7 +110,12 @@ def test_four_ranks(tiny_world: Path, tmp_path: Path):
         "vpp": {"dp": 2, "pp": 2, "vpp": 2},
         "cp": {"dp": 2, "cp": 2},
     }
-    jobs, pairs = [], {}
+    lora = {"adapter": {"rank": 4}}  # its tied embedding is frozen on both stages
+    jobs = [
+        cpt_job(tiny_world, tmp_path, "pp-lora", layouts["pp"] | SMALL | {"overlap_param_gather": "off"}, **lora),
+        cpt_job(tiny_world, tmp_path, "pp-lora-on", layouts["pp"] | SMALL | ON, **lora),
+    ]
+    pairs = {"pp-lora-on": "pp-lora"}
     for name, layout in layouts.items():
         if name == "tp":
             jobs += [cpt_job(tiny_world, tmp_path, f"{name}-off", layout | OFF)]
