@@ -32,8 +32,8 @@ echo "== medllm examples"
 echo "== medllm plan"
 "$medllm" plan cpt-qwen2.5-72b-8n8g-tp8pp2-fp8.yaml data=/nowhere model.path=null model.size=72b >plan.txt
 echo "== medllm submit --dry-run"
-"$medllm" submit cpt-qwen2.5-72b-8n8g-tp8pp2-fp8.yaml data=/nowhere model.path=null model.size=72b --stages cpt --dry-run >submit.txt
-grep -q "^#SBATCH --nodes=8" submit.txt
+"$medllm" submit laptop.yaml --dry-run >submit.txt
+grep -q "^#SBATCH --job-name=medllm-rpo-laptop" submit.txt
 echo "== the demo's first stages: medllm demo, medllm corpus build"
 "$medllm" demo laptop.yaml >world.txt
 "$medllm" corpus build laptop.yaml >corpus.txt

@@ -104,7 +104,8 @@ def import_hf(
         parts[_OBJECTS_PART] = functools.partial(plan.write_objects, partial)
         _run_parts(parts, journal, workers=workers, title=f"import {hf_dir.name}")
         items = [_item(row) for name in parts for row in journal.done[name]]
-        write_index(partial, plan.tensor_shapes(), dtype, items)
+        shapes = plan.tensor_shapes()
+        write_index(partial, {key: (shape, dtype) for key, shape in shapes.items()}, items)
         describe_checkpoint(partial, shape, dtype=dtype, source_dir=hf_dir)
         digests = [[item.file, item.start, item.sha256] for item in items]
         write_json(partial / ITEM_DIGESTS_NAME, {"algorithm": "sha256", "items": digests})

@@ -41,6 +41,7 @@ _COMMANDS = {
     "export": checkpoints.export,
     "verify": checkpoints.verify,
     "plan": cluster.plan,
+    "certify": cluster.certify,
     "submit": cluster.submit,
     "status": cluster.status,
     "cancel": cluster.cancel,

@@ -20,6 +20,7 @@ def corpus_build(
     strict: Annotated[bool, typer.Option("--strict", help="the first broken document is fatal")] = False,
 ) -> None:
     """Read, clean, deduplicate, decontaminate, tokenize and index the recipe's corpora."""
+    from megatron_medllm.account import Account
     from megatron_medllm.corpus.build import build
 
     run = load_recipe(config, overrides)
@@ -30,6 +31,9 @@ def corpus_build(
             manifest = build(section, run.run_dir / "corpus" / name, workers=workers, strict=strict)
             for source, facts in manifest["sources"].items():
                 print_text(f"{name}/{source}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+            if "account" in manifest:  # earlier versions' manifests hold none
+                for line in Account.from_json(manifest["account"]).loss_lines():
+                    print_text(line)
 
 
 @corpus_app.command("inspect")

@@ -30,6 +30,7 @@ eval_app = typer.Typer(
 @eval_app.command("run")
 def eval_run(config: Config, overrides: Overrides = None) -> None:
     """Examine model.path in the recipe's modes. Exit status 1: a requirement is not met."""
+    from megatron_medllm.account import Account
     from megatron_medllm.evaluation.run import run_exam
 
     run = load_recipe(config, overrides)
@@ -38,6 +39,8 @@ def eval_run(config: Config, overrides: Overrides = None) -> None:
     output = run.output or run.run_dir / "eval"
     summary = run_exam(run.eval, run.model.path, output)
     print_text((output / "report.md").read_text())
+    for line in Account.from_json(summary["account"]).loss_lines():
+        print_text(line)
     raise typer.Exit(0 if all(r["met"] for r in summary["requirements"]) else 1)
 
 

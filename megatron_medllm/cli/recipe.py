@@ -11,9 +11,12 @@ from megatron_medllm.errors import UserError
 
 def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Run the whole recipe; a second run skips what is done."""
-    from megatron_medllm.pipeline import run_pipeline
+    from megatron_medllm.launch.status import refuse_queued
+    from megatron_medllm.recipe.runner import run_pipeline
 
-    raise typer.Exit(run_pipeline(load_recipe(config, overrides), console=console))
+    run = load_recipe(config, overrides)
+    refuse_queued(run.run_dir)
+    raise typer.Exit(run_pipeline(run, console=console))
 
 
 def demo(config: Config, overrides: Overrides = None) -> None:
@@ -58,13 +61,19 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
 def pairs(config: Config, overrides: Overrides = None) -> None:
     """Sample explanations, judge them by the key, and build preference pairs."""
+    from megatron_medllm.account import Account
     from megatron_medllm.preference.pairs import build_pairs
 
     run = load_recipe(config, overrides)
     if run.pairs is None or run.model.path is None:
         raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
     manifest = build_pairs(run.pairs, run.model.path, run.output or run.run_dir / "pairs")
-    print_text(f"{manifest['pairs']} pairs: {manifest['by_tier']}")
+    for line in Account.from_json(manifest["account"]).lines():
+        print_text(line)
+    print_text(
+        f"{manifest['pairs']} pairs: {manifest['by_tier']}; {manifest['explained_questions']} of "
+        f"{manifest['questions']} questions have an explained pair"
+    )
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `medllm pipeline` made")]) -> None:

@@ -13,6 +13,8 @@ from megatron_medllm.config.base import Section
 REQUEUE_EXIT_CODE = 85
 # A node that failed its health check: run the job again, elsewhere.
 UNFIT_NODE_EXIT_CODE = 86
+# A rank held the others up: its name, and every rank's stack, are in the stage's folder `watch`.
+STALLED_EXIT_CODE = 87
 
 _TIME = re.compile(r"(?:(?P<days>[0-9]{1,6})-(?=[0-9]))?(?P<clock>[0-9]{1,9}(?::[0-9]{1,6}){0,2})")
 

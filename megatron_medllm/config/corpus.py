@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megatron_medllm.config.base import Section
 
@@ -40,15 +40,51 @@ class SourceConfig(Section):
     dataset_split: str = Field(default="train", description="the data set's split")
     format: Literal["auto", "jsonl", "parquet", "lines", "text"] = Field(
         default="auto",
-        description="auto: by file name; lines: a document per line; text: a document per file; .gz, .zst are opened",
+        description="auto: by file name (JSON arrays are told by their beginning); lines: a document per line; text: a "
+        "document per file; .gz, .zst, .bz2 and .xz are opened",
     )
-    text_field: str = "text"
+    encoding: str = Field(
+        default="utf-8",
+        description="of files without a byte order mark and of Parquet's binary columns: cp932, euc-jp, utf-16, …",
+    )
+    text_field: str = Field(default="text", description="`doc.text`: the field `text` within `doc`")
     id_field: str = Field(default="id", description="names a document in `dropped`; file:line where it has none")
+    max_document_mb: float = Field(
+        default=256, gt=0, description="longer lines, array elements and texts are dropped, not held in memory"
+    )
+    zstd_window_mb: int = Field(
+        default=2048,
+        gt=0,
+        le=2048,
+        description="largest zstd window (or xz dictionary) to allocate, the memory that a worker may need; "
+        "2,048 is what `zstd --long=31` asks for",
+    )
     weight: float | None = Field(default=None, gt=0, description="share in the blend; default: by its tokens")
     replay: bool = Field(default=False, description="general text, whose blend share is `replay_share`")
     priority: int = Field(default=0, description="of copies, `keep` prefers the higher")
     licence: str = Field(default="", description="a note for the manifest")
     clean: CleanConfig = CleanConfig()
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, name: str) -> str:
+        try:
+            "".encode(name)
+        except (LookupError, UnicodeError):
+            raise ValueError(
+                "no such text encoding (utf-8, cp932, shift_jis, euc-jp, iso-2022-jp, utf-16, …)"
+            ) from None
+        return name
+
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_mb` in bytes."""
+        return int(self.max_document_mb * 1e6)
+
+    @property
+    def window_bytes(self) -> int:
+        """`zstd_window_mb` in bytes."""
+        return self.zstd_window_mb << 20
 
     @model_validator(mode="after")
     def _one_input(self) -> "SourceConfig":

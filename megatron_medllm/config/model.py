@@ -101,6 +101,9 @@ class ModelConfig(Section):
     shape: ModelShape | None = None
     backend: Literal["torch", "te"] = "torch"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    swiglu: Literal["auto", "compiled", "eager"] = Field(
+        default="auto", description="the FFN's activation, compiled by torch or op by op; auto: compiled on CUDA"
+    )
     init_std: float = Field(
         default=0.02, gt=0, description="standard deviation of random weights (used without `path`)"
     )

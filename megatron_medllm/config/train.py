@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_medllm.config.base import Section
 from megatron_medllm.config.cluster import Seconds
@@ -70,6 +70,20 @@ class GuardConfig(Section):
     )
 
 
+class WatchConfig(Section):
+    """Ranks that stop answering, and ranks that are slower than the others."""
+
+    stall_timeout_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="a rank silent, or no micro-batch begun on any rank, for so long ends the run; 0: off",
+    )
+    slow_factor: float = Field(
+        default=1.5, gt=1, description="slow: a rank whose own time of a step is above this x the median of the others"
+    )
+    slow_steps: int = Field(default=20, gt=0, description="steps over which a rank must be slow to be named")
+
+
 class TrainConfig(Section):
     """What CPT and RPO share."""
 
@@ -84,6 +98,7 @@ class TrainConfig(Section):
     fp8_recipe: Fp8Recipe = Field(default="blockwise", description="how FP8 is scaled; torch backend: blockwise")
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
     log_every_steps: int = Field(default=1, gt=0)
     validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
     validation_batches: int = Field(default=8, gt=0, description="of every source's held-out share, at most")
@@ -126,6 +141,13 @@ class CptConfig(TrainConfig):
     )
     z_loss: float = Field(default=0.0, ge=0, description="coefficient of log(Z)^2 (PaLM, section 5)")
     batch_ramp_steps: int = Field(default=0, ge=0, description="steps over which the batch grows to global_batch_size")
+
+    @field_validator("loss_after")
+    @classmethod
+    def _markers_are_texts(cls, markers: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in markers:
+            raise ValueError("an empty text marks nothing")
+        return markers
 
     @model_validator(mode="after")
     def _one_budget(self) -> "CptConfig":

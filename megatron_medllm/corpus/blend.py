@@ -4,19 +4,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_medllm.config.corpus import CorpusConfig
+from megatron_medllm.corpus.index import bin_path, idx_path
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
 
 @dataclass(frozen=True)
 class BlendedSource:
-    """One prefix with its share of the training tokens. `tokens` and `documents` are what the prefix holds."""
+    """One prefix with its share of the training tokens. `tokens` and `documents` are what the prefix holds.
+
+    `digests` are those of its two files, as the build took them: they change with the content, the prefix does not.
+    """
 
     name: str
     prefix: Path
     weight: float
     tokens: int
     documents: int
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,16 @@ def read_blend(output_dir: Path) -> Blend:
 
 
 def _blend(manifest: dict, output_dir: Path) -> Blend:
+    outputs = manifest.get("outputs", {})
     sources = tuple(
-        BlendedSource(name, output_dir / facts["prefix"], facts["weight"], facts["tokens"], facts["documents"])
+        BlendedSource(
+            name,
+            prefix := output_dir / facts["prefix"],
+            facts["weight"],
+            facts["tokens"],
+            facts["documents"],
+            tuple(outputs.get(path.name, "") for path in (bin_path(prefix), idx_path(prefix))),
+        )
         for name, facts in manifest["sources"].items()
     )
     tokenizer = manifest["tokenizer"]
@@ -94,7 +107,7 @@ def add_blend(manifest: dict, config: CorpusConfig) -> dict:
     sources = {
         name: facts
         | {
-            "weight": round(weights[name], 8),
+            "weight": float(f"{weights[name]:.8g}"),  # significant digits: a small source's weight is not rounded to 0
             "replay": config.sources[name].replay,
             "licence": config.sources[name].licence,
         }

@@ -20,15 +20,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_medllm import __version__
-from megatron_medllm.config.corpus import CorpusConfig
+from megatron_medllm.account import Account
+from megatron_medllm.config.corpus import CorpusConfig, SourceConfig
 from megatron_medllm.corpus.blend import add_blend
 from megatron_medllm.corpus.dedup import find_copies
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype
-from megatron_medllm.corpus.merge import load_parts, merge_source, source_facts, write_accounts
+from megatron_medllm.corpus.merge import (
+    Part,
+    corpus_account,
+    load_parts,
+    merge_source,
+    source_facts,
+    write_accounts,
+)
 from megatron_medllm.corpus.questions import index_questions, load_questions, question_files
-from megatron_medllm.corpus.read import Unit, dataset_files, plan_units, read_piece
+from megatron_medllm.corpus.read import read_piece
 from megatron_medllm.corpus.summary import write_summary
 from megatron_medllm.corpus.tokenizer import TokenizerFacts, choose_backend, describe_tokenizer
+from megatron_medllm.corpus.units import Unit, dataset_files, plan_units
 from megatron_medllm.corpus.worker import Job, digest_path, encode_fast, run_unit, start_worker
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
@@ -37,7 +46,23 @@ from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, 
 MANIFEST = "manifest.json"
 WORK = ".work"
 _SAMPLE_CHARS = 30_000
-_PARTS_FORMAT = 2  # raised where a part's bytes change for the same input: parts of two formats do not mix
+# Which setting to look at where most of a source was lost in one way.
+_SETTINGS = {
+    "no field": "text_field",
+    "no column": "text_field",
+    "the text is": "text_field",
+    "not JSON": "format",
+    "expected a JSON object": "format",
+    "not ": "encoding",
+    "a line longer": "max_document_mb",
+    "a value longer": "max_document_mb",
+    "a document longer": "max_document_mb",
+    "its zstd window": "zstd_window_mb",
+    "clean.": "clean",
+    "dedup.": ".dedup",
+    "decontaminate": ".decontaminate",
+}
+_PARTS_FORMAT = 3  # raised where a part's bytes change for the same input: parts of two formats do not mix
 
 
 def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None, strict: bool = False) -> dict:
@@ -134,6 +159,9 @@ def _identity(config: CorpusConfig, tokenizer: TokenizerFacts, inputs: dict[str,
     for source in settings["sources"].values():
         for blend_only in ("weight", "replay", "licence"):
             del source[blend_only]
+        for later in ("encoding", "max_document_mb", "zstd_window_mb"):  # finished corpora of before stay what they are
+            if source[later] == SourceConfig.model_fields[later].default:
+                del source[later]
     facts = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "kind": tokenizer.kind}
     exams = {str(path): digest_file(path) for path in question_files(config.decontaminate.exams)}
     return {"tokenizer": facts, "config": settings, "inputs": inputs, "exams": exams}
@@ -220,12 +248,20 @@ def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokeniz
     parts = load_parts(output_dir / WORK / "parts", units)
     copies = find_copies(parts, config)
     dtype = token_dtype(tokenizer.vocab_size)
-    sources = {}
+    sources: dict[str, dict] = {}
+    owned: dict[str, list[tuple[int, Part]]] = {}
     for name in config.sources:
-        own = [(number, part) for number, part in enumerate(parts) if part.unit.source == name]
-        merge_source(output_dir / name, own, copies, dtype)
-        sources[name] = {"prefix": name, **source_facts(own, copies)}
+        owned[name] = [(number, part) for number, part in enumerate(parts) if part.unit.source == name]
+        sources[name] = {"prefix": name, **source_facts(owned[name], copies)}
     write_accounts(output_dir, parts, copies)
+    account = corpus_account(sources, parts, copies)
+    try:
+        _require_sources(account, output_dir)
+    except UserError:
+        shutil.rmtree(output_dir / WORK)  # what mends it is other input or settings, which these parts do not fit
+        raise
+    for name, own in owned.items():
+        merge_source(output_dir / name, own, copies, dtype)
     return {
         "format": 1,
         "medllm": __version__,
@@ -241,7 +277,22 @@ def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokeniz
             "eod_id": config.eod_id,
         },
         "sources": sources,
+        "account": account.to_json(),
     }
+
+
+def _require_sources(account: Account, output_dir: Path) -> None:
+    """Refuse a corpus of which a source has kept nothing.
+
+    Raises:
+        UserError: names the source, the first loss of the most frequent kind, and the setting that mends it.
+    """
+    for name, tally in account.subjects.items():
+        worst = max(tally.lost, key=lambda kind: tally.lost[kind].count, default="")
+        setting = next((setting for kind, setting in _SETTINGS.items() if worst.startswith(kind)), "paths")
+        where = setting[1:] if setting.startswith(".") else f"sources.{name}.{setting}"
+        listed = f" (all losses: {output_dir / 'dropped.jsonl.zst'})" if tally.lost else ""
+        account.require(f"check {where}, or leave the source out{listed}", subject=name)
 
 
 def _digests(pool: ProcessPoolExecutor, paths: list[Path]) -> dict[str, str]:

@@ -11,8 +11,9 @@ import numpy as np
 import orjson
 import zstandard
 
+from megatron_medllm.account import Account
 from megatron_medllm.corpus.index import bin_path, copy_kept, idx_path, write_index
-from megatron_medllm.corpus.read import Unit
+from megatron_medllm.corpus.units import Unit
 from megatron_medllm.storage import atomic_write, read_json
 
 
@@ -115,6 +116,32 @@ def source_facts(parts: list[tuple[int, Part]], copies: Copies | None) -> dict:
         "characters_per_token": round(characters / (tokens - documents), 4) if tokens > documents else None,
         "length_histogram": np.trim_zeros(histogram, "b").tolist(),
     }
+
+
+def corpus_account(sources: dict[str, dict], parts: list[Part], copies: Copies | None) -> Account:
+    """Documents kept and lost per source, with the place of the first loss of every kind.
+
+    Args:
+        sources: name to `source_facts`.
+    """
+    account, bases = Account("documents"), _line_bases(parts)
+    for name, facts in sources.items():
+        account.keep(name, facts["documents"])
+    for number, part in enumerate(parts):
+        for kind, loss in part.facts["lost"].items():
+            place = _place(part, bases[number], loss["piece"], loss["line"], None)
+            reason = "" if loss["reason"] == kind else f": {loss['reason']}"
+            account.lose(part.unit.source, kind, place["id"] + reason, loss["count"])
+        if copies is None:
+            continue
+        for kind in ("dedup.exact", "dedup.near"):
+            own = slice(copies.first[number], copies.first[number + 1])
+            lost = (copies.original[own] >= 0) & (copies.is_exact[own] == (kind == "dedup.exact"))
+            if lost.any():
+                rows = _copies_of(number, parts, copies, bases)
+                row = next(row for row in rows if row["step"] == kind)
+                account.lose(part.unit.source, kind, f"{row['file']}:{row['line']}: {row['reason']}", int(lost.sum()))
+    return account
 
 
 def write_accounts(output_dir: Path, parts: list[Part], copies: Copies | None) -> None:

@@ -12,13 +12,13 @@ import numpy as np
 
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.fold import SEPARATOR, fold, join
-from megatron_medllm.corpus.read import match_files
 from megatron_medllm.corpus.shingles import code_points, hash_grams
 from megatron_medllm.errors import UserError
-from megatron_medllm.storage import read_jsonl
+from megatron_medllm.exams.loading import is_metadata, load_question_texts
+from megatron_medllm.exams.schema import QuestionRow
+from megatron_medllm.inputs import match_files
 
 GRAM = 13
-_FIELDS = (("problem_text", "choices"), ("question", "options"), ("question", "choices"), ("text", "choices"))
 _FEW_GRAMS = 10
 _SHORT_GRAMS = 60
 _LEAST_GRAMS = 8
@@ -50,8 +50,7 @@ def question_files(patterns: list[str]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        paths = [Path(path) for path in match_files(pattern, within="**/*.jsonl")]
-        paths = [path for path in paths if not path.stem.endswith("_metadata")]
+        paths = [path for path in map(Path, match_files(pattern, suffixes=[".jsonl"])) if not is_metadata(path)]
         if not paths:
             raise UserError(f"decontaminate.exams: {pattern} matches no question file")
         files.update(dict.fromkeys(paths))
@@ -59,27 +58,17 @@ def question_files(patterns: list[str]) -> list[Path]:
 
 
 def load_questions(patterns: list[str]) -> list[Question]:
-    """Read questions: IgakuQA's schema, or JSONL with `question` (and `options`) or `text`.
+    """Read the texts of questions, in any layout that exams have, or JSONL with `text`; no gold is needed.
 
     Raises:
         UserError: a pattern matches nothing, or a line is no question.
     """
-    return [
-        _question(row, path, number)
-        for path in question_files(patterns)
-        for number, row in enumerate(read_jsonl(path), start=1)
-    ]
+    return [_question(row, str(path)) for path in question_files(patterns) for row in load_question_texts(path)]
 
 
-def _question(row: dict, path: Path, number: int) -> Question:
-    for stem, choices in _FIELDS:
-        if isinstance(row.get(stem), str):
-            options = row.get(choices) or []
-            options = list(options.values()) if isinstance(options, dict) else options
-            identifier = str(row.get("problem_id", row.get("id", f"{path.name}:{number}")))
-            edition = re.match(r"\d{3}(?=\d*\D|\d{3}$)", identifier)
-            return Question(identifier, edition[0] if edition else str(path), row[stem], tuple(map(str, options)))
-    raise UserError(f"{path}:{number}: no question here (expected `problem_text`, `question` or `text`)")
+def _question(row: QuestionRow, paper: str) -> Question:
+    edition = re.match(r"\d{3}(?=\d*\D|\d{3}$)", row.problem_id)
+    return Question(row.problem_id, edition[0] if edition else paper, row.problem_text, row.choices.texts)
 
 
 @dataclass(frozen=True)

@@ -1,325 +1,280 @@
-"""From inputs to documents: plan units of work, and read one piece of an input in bounded memory.
+"""One piece of an input to documents, in bounded memory. What cannot be read becomes a `Loss` with its line."""
 
-A unit is what one worker does at a time and what a killed run repeats at most. Plain JSONL and line files are cut into
-byte ranges (a line belongs to the range that its first byte lies in), Parquet into row groups; a compressed file or a
-data set's shard cannot be cut. The cutting never depends on the number of workers.
-"""
-
-import glob
 import json
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from megatron_medllm.config.corpus import SourceConfig
-from megatron_medllm.errors import UserError
+from megatron_medllm.corpus.json_values import read_values
+from megatron_medllm.corpus.streams import (
+    BATCH_BYTES,
+    BrokenInputError,
+    decode,
+    read_blocks,
+    read_lines,
+    splits_by_bytes,
+    to_utf8,
+)
+from megatron_medllm.corpus.units import Piece, load_dataset
 
-BATCH_BYTES = 4 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
+_NAMES_TOLD = 8
+_ESCAPED_BYTES = (0xDC80, 0xDCFF)  # what `surrogateescape` makes of bytes that are no UTF-8
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A cut of an input. `start`, `stop`: bytes (jsonl, lines), row groups (parquet), a shard and one past it."""
+class Loss:
+    """What is no document. `kind` is the same for all of its kind, `detail` is not."""
 
-    path: str
-    format: str
-    compression: str = ""
-    start: int = 0
-    stop: int = 0
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Consecutive pieces of one source. `input_bytes` is their size, where known beforehand."""
-
-    source: str
-    number: int
-    pieces: tuple[Piece, ...]
-    input_bytes: int = 0
+    line: int
+    kind: str
+    detail: str = ""
 
     @property
-    def name(self) -> str:
-        """What its part's files are called."""
-        return f"{self.number:06d}"
+    def reason(self) -> str:
+        """Both, for people."""
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
 @dataclass
 class Documents:
-    """A batch in reading order. `lines` are 1-based within the piece; `bad` holds (line, reason)."""
+    """A batch in reading order. `lines` are 1-based within the piece; `bad` is what is no document."""
 
     texts: list[str] = field(default_factory=list)
     ids: list[str | None] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[Loss] = field(default_factory=list)
     input_bytes: int = 0
     lines_read: int = 0
 
-    def add(self, text: object, identifier: object, line: int) -> None:
-        """Append a document, or note why it is none."""
+    def add(self, text: object, identifier: object, line: int, *, encoding: str = "utf-8") -> None:
+        """Append a document, or note why it is none. Bytes (binary columns) are decoded."""
+        if isinstance(text, bytes):
+            try:
+                text = decode(text, encoding)
+            except UnicodeDecodeError:
+                self.lose(line, f"not {encoding.upper()}")
+                return
         if not isinstance(text, str):
-            self.bad.append((line, f"the text is {type(text).__name__}, not a string"))
+            self.lose(line, f"the text is {type(text).__name__}, not a string")
+            return
+        self.texts.append(text)
+        self.ids.append(None if identifier is None else str(identifier))
+        self.lines.append(line)
+
+    def add_row(self, row: object, line: int, source: SourceConfig, *, encoding: str = "utf-8") -> None:
+        """Append the document of a JSON object or of a data set's row."""
+        if not isinstance(row, dict):
+            self.lose(line, f"expected a JSON object, found {type(row).__name__}")
+            return
+        try:
+            text = pick(row, source.text_field)
+        except KeyError:
+            self.lose(line, f"no field {source.text_field!r}", _there_are(list(row)))
+            return
+        try:
+            identifier = pick(row, source.id_field)
+        except KeyError:
+            identifier = None
+        if isinstance(text, str) and not text.isascii() and (problem := _unencodable(text)):
+            self.lose(line, problem)
         else:
-            self.texts.append(text)
-            self.ids.append(None if identifier is None else str(identifier))
-            self.lines.append(line)
+            self.add(text, identifier, line, encoding=encoding)
+
+    def lose(self, line: int, kind: str, detail: str = "") -> None:
+        """Note what is no document."""
+        self.bad.append(Loss(line, kind, detail))
 
 
-def match_files(pattern: str, *, within: str) -> list[str]:
-    """The files that a path or glob names, sorted; a directory stands for the files `within` it."""
-    found: dict[str, None] = {}
-    for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
-        inside = sorted(glob.glob(os.path.join(glob.escape(match), within), recursive=True))
-        found.update(dict.fromkeys(path for path in inside or [match] if os.path.isfile(path)))
-    return list(found)
-
-
-def find_inputs(name: str, source: SourceConfig) -> list[str]:
-    """The files of a source, sorted within each pattern.
+def pick(row: dict, name: str) -> object:
+    """A field of a row; `doc.text` is also `text` within `doc`, where no field has that very name.
 
     Raises:
-        UserError: a pattern matches nothing.
+        KeyError: there is none.
     """
-    found: dict[str, None] = {}
-    for pattern in source.paths:
-        matches = [pattern] if os.path.isfile(pattern) else match_files(pattern, within="**")
-        if not matches:
-            raise UserError(f"sources.{name}.paths: {pattern} matches no file")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+    if name in row:
+        return row[name]
+    value: object = row
+    for part in name.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
+        value = value[part]
+    return value
 
 
-def plan_units(name: str, source: SourceConfig, *, first_number: int, chunk_bytes: int) -> list[Unit]:
-    """Cut a source into units of about `chunk_bytes` of input."""
-    if source.dataset is not None:
-        return [Unit(name, first_number + i, (piece,)) for i, piece in enumerate(_dataset_pieces(name, source))]
-    units: list[Unit] = []
-    pending: list[Piece] = []
-    pending_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        if pending:
-            units.append(Unit(name, first_number + len(units), tuple(pending), pending_bytes))
-            pending.clear()
-            pending_bytes = 0
-
-    for path in find_inputs(name, source):
-        for piece, size in _file_pieces(name, source, path, chunk_bytes):
-            if pending_bytes + size > chunk_bytes:
-                flush()
-            pending.append(piece)
-            pending_bytes += size
-    flush()
-    return units
+def _there_are(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+    return f"there are {', '.join(map(str, names[:_NAMES_TOLD])) or 'none'}{more}"
 
 
-def _file_pieces(name: str, source: SourceConfig, path: str, chunk_bytes: int) -> Iterator[tuple[Piece, int]]:
-    stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix, "")
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    kind = source.format if source.format != "auto" else _FORMATS.get(suffix)
-    if kind is None:
-        raise UserError(f"sources.{name}: cannot tell the format of {path} by its name; set `format`")
-    size = os.path.getsize(path)
-    if kind == "parquet":
-        yield from _parquet_pieces(path, chunk_bytes)
-    elif compression or kind == "text":
-        yield Piece(path, kind, compression, 0, size), size
-    else:
-        cuts = max(1, -(-size // chunk_bytes))
-        for i in range(cuts):
-            start, stop = size * i // cuts, size * (i + 1) // cuts
-            yield Piece(path, kind, "", start, stop), stop - start
-
-
-def _parquet_pieces(path: str, chunk_bytes: int) -> Iterator[tuple[Piece, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _unencodable(text: str) -> str:
+    """Why a text is no Unicode; "" where it is."""
     try:
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
-    except (pyarrow.ArrowInvalid, OSError):
-        yield Piece(path, "parquet", "", 0, 1), 0  # the worker meets the same error and quarantines the file
-        return
-    start, size = 0, 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).total_byte_size
-        if size >= chunk_bytes or group == metadata.num_row_groups - 1:
-            yield Piece(path, "parquet", "", start, group + 1), size
-            start, size = group + 1, 0
-
-
-def _load_dataset(source: SourceConfig):
-    import datasets
-
-    assert source.dataset is not None
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(source.dataset, source.dataset_config, split=source.dataset_split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data set {source.dataset!r}: {str(error).splitlines()[0]}") from None
-
-
-def dataset_files(source: SourceConfig) -> list[str]:
-    """The files that a data set's split is made of; those on the hub name their commit (`hf://…@COMMIT/…`)."""
-    import datasets
-
-    assert source.dataset is not None
-    builder = datasets.load_dataset_builder(source.dataset, source.dataset_config)
-    return list((builder.config.data_files or {}).get(source.dataset_split, []))
-
-
-def _dataset_pieces(name: str, source: SourceConfig) -> list[Piece]:
-    shards = _load_dataset(source).num_shards
-    return [Piece(f"{source.dataset}#{shard}", "dataset", "", shard, shards) for shard in range(shards)]
+        text.encode()
+    except UnicodeEncodeError as error:
+        first, last = _ESCAPED_BYTES
+        return "not UTF-8" if first <= ord(text[error.start]) <= last else "an escaped lone surrogate"
+    return ""
 
 
 def read_piece(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
-    """Yield the documents of a piece in batches of some 4 MB of input.
-
-    What cannot be read becomes `bad` entries, at the line where reading stopped if the rest is lost.
-    """
+    """Yield the documents of a piece in batches of some 4 MB of input."""
     if piece.format == "parquet":
         yield from _read_parquet(piece, source)
     elif piece.format == "dataset":
         yield from _read_dataset(piece, source)
     elif piece.format == "text":
         yield _read_text(piece, source)
+    elif piece.format == "json":
+        yield from _read_json(piece, source)
     else:
-        parse = _parse_json_line if piece.format == "jsonl" else _parse_text_line
-        line_number = 0
-        for lines, error in _read_lines(piece):
-            batch = Documents(input_bytes=sum(map(len, lines)) + len(lines), lines_read=len(lines))
+        yield from _read_lines(piece, source)
+
+
+def _read_lines(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+    blocks, encoding = _blocks(piece, source), piece.encoding
+    if not splits_by_bytes(encoding):
+        blocks, encoding = to_utf8(blocks, encoding), "utf-8"
+    parse = _parse_json_line if piece.format == "jsonl" else _parse_text_line
+    number = 0
+    try:
+        for lines, problem in read_lines(blocks, limit=source.max_document_bytes):
+            batch = Documents(input_bytes=sum(map(len, lines)) + len(lines), lines_read=len(lines) + bool(problem))
             for line in lines:
-                line_number += 1
-                if line_number == 1 and piece.start == 0:
+                number += 1
+                if number == 1 and piece.start == 0:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line and not line.isspace():
-                    parse(batch, line, line_number, source)
-            if error:
-                batch.bad.append((line_number + 1, error))
+                    parse(batch, line, number, source, encoding)
+            if problem:
+                number += 1
+                batch.lose(number, problem, "raise max_document_mb")
             yield batch
+    except BrokenInputError as broken:
+        yield Documents(bad=[Loss(number + 1, broken.kind, broken.detail)])
 
 
-def _parse_json_line(batch: Documents, line: bytes, number: int, source: SourceConfig) -> None:
+def _parse_json_line(batch: Documents, line: bytes, number: int, source: SourceConfig, encoding: str) -> None:
     try:
+        if encoding != "utf-8":
+            line = decode(line, encoding).encode()
         row = orjson.loads(line)
+    except UnicodeDecodeError:
+        batch.lose(number, f"not {encoding.upper()}")
+        return
     except orjson.JSONDecodeError:
-        try:  # the standard library takes what Megatron takes, such as NaN
-            row = json.loads(line)
+        try:  # the standard library takes what Megatron takes, such as NaN; marks are left within joined files
+            row = json.loads(line.removeprefix(_BYTE_ORDER_MARK))
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            batch.bad.append((number, "an escaped lone surrogate"))
+            batch.lose(number, "an escaped lone surrogate")
             return
         except UnicodeDecodeError:
-            batch.bad.append((number, "not UTF-8"))
+            batch.lose(number, "not UTF-8")
             return
         except (ValueError, RecursionError) as error:
-            batch.bad.append((number, f"not JSON: {error}"))
+            batch.lose(number, "not JSON", str(error))
             return
-    if not isinstance(row, dict):
-        batch.bad.append((number, f"expected a JSON object, found {type(row).__name__}"))
-    elif source.text_field not in row:
-        batch.bad.append((number, f"no field {source.text_field!r}"))
-    else:
-        batch.add(row[source.text_field], row.get(source.id_field), number)
+    batch.add_row(row, number, source)
 
 
-def _parse_text_line(batch: Documents, line: bytes, number: int, source: SourceConfig) -> None:
+def _parse_text_line(batch: Documents, line: bytes, number: int, source: SourceConfig, encoding: str) -> None:
     try:
-        batch.add(line.decode().rstrip("\r"), None, number)
+        text = decode(line, encoding)
     except UnicodeDecodeError:
-        batch.bad.append((number, "not UTF-8"))
+        batch.lose(number, f"not {encoding.upper()}")
+        return
+    for part in text.split("\r"):  # \r\n, or the \r alone of old Macs
+        if part and not part.isspace():
+            batch.add(part, None, number)
 
 
-def _read_lines(piece: Piece) -> Iterator[tuple[list[bytes], str]]:
-    """Yield (whole lines without their newline, error or "")."""
-    tail = b""
-    for block, error in _read_blocks(piece):
-        head, newline, rest = block.rpartition(b"\n")
-        if newline:
-            yield (tail + head).split(b"\n"), ""
-            tail = rest
-        else:
-            tail += rest
-        if error:
-            yield [], error
-            return
-    if tail:
-        yield [tail], ""
+def _blocks(piece: Piece, source: SourceConfig) -> Iterator[bytes]:
+    """A plain range with whole lines at both ends, or a whole file unpacked.
 
-
-def _read_blocks(piece: Piece) -> Iterator[tuple[bytes, str]]:
-    """Yield (bytes, error or ""): a plain range with whole lines at both ends, or a decompressed file."""
+    Raises:
+        BrokenInputError: the packed stream is damaged.
+    """
     with open(piece.path, "rb") as stream:
-        if piece.compression:
-            yield from _decompress(stream, piece.compression)
+        if piece.compression or piece.format in ("json", "text") or not splits_by_bytes(piece.encoding):
+            yield from read_blocks(stream, piece.compression, window_bytes=source.window_bytes)
             return
         position = piece.start
         if position:
             stream.seek(position - 1)
-            position += len(stream.readline()) - 1
+            while not (line := stream.readline(BATCH_BYTES)).endswith(b"\n") and line:
+                position += len(line)
+            position += len(line) - 1
         stream.seek(position)
         while position < piece.stop:
             block = stream.read(min(BATCH_BYTES, piece.stop - position))
             if not block:
                 return
-            if position + len(block) >= piece.stop and not block.endswith(b"\n"):
-                block += stream.readline()
             position += len(block)
-            yield block, ""
-
-
-def _decompress(stream, compression: str) -> Iterator[tuple[bytes, str]]:
-    import zstandard
-
-    def new_member():
-        return zlib.decompressobj(31) if compression == "gzip" else zstandard.ZstdDecompressor().decompressobj()
-
-    member, at_start, block = new_member(), True, b""
-    while True:
-        block = block or stream.read(1 << 20)
-        if not block:
-            if not at_start:
-                yield b"", f"the {compression} stream is cut short"
-            return
-        try:
-            text = member.decompress(block, BATCH_BYTES) if compression == "gzip" else member.decompress(block)
-        except (zlib.error, zstandard.ZstdError) as error:
-            yield b"", f"the {compression} stream is broken: {error}"
-            return
-        at_start, block = False, b""
-        yield text, ""
-        if compression == "gzip":
-            block = member.unconsumed_tail
-        if member.eof:
-            block = member.unused_data
-            member, at_start = new_member(), True
+            yield block
+            while position >= piece.stop and not block.endswith(b"\n") and (block := stream.readline(BATCH_BYTES)):
+                position += len(block)
+                yield block
 
 
 def _read_text(piece: Piece, source: SourceConfig) -> Documents:
-    blocks, problem = [], ""
-    for block, error in _read_blocks(piece):
-        blocks.append(block)
-        problem = problem or error
-    data = b"".join(blocks)
-    batch = Documents(input_bytes=len(data), lines_read=1)
+    batch = Documents(lines_read=1)
+    parts: list[bytes] = []
     try:
-        if problem:
-            batch.bad.append((1, problem))
-        else:
-            batch.add(data.decode(), None, 1)
+        for block in _blocks(piece, source):
+            batch.input_bytes += len(block)
+            if batch.input_bytes > source.max_document_bytes:
+                batch.lose(1, f"a document longer than {source.max_document_mb:g} MB", "raise max_document_mb")
+                return batch
+            parts.append(block)
+        text = decode(b"".join(parts), piece.encoding).removeprefix("\ufeff")
+    except BrokenInputError as broken:
+        batch.lose(1, broken.kind, broken.detail)
     except UnicodeDecodeError:
-        batch.bad.append((1, "not UTF-8"))
+        batch.lose(1, f"not {piece.encoding.upper()}")
+    else:
+        batch.add(text, None, 1)
     return batch
+
+
+def _read_json(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+    blocks = _blocks(piece, source)
+    if piece.encoding != "utf-8":
+        blocks = to_utf8(blocks, piece.encoding)
+    batch, last = Documents(), 0
+    counted = _Counted(blocks)
+    try:
+        for line, row in read_values(counted, limit=source.max_document_bytes):
+            batch.add_row(row, line, source)
+            last = line
+            if counted.bytes > BATCH_BYTES:
+                batch.input_bytes, counted.bytes = counted.bytes, 0
+                yield batch
+                batch = Documents()
+    except BrokenInputError as broken:
+        batch.lose(broken.line or last + 1, broken.kind, broken.detail)
+    batch.input_bytes = counted.bytes
+    batch.lines_read = 1
+    yield batch
+
+
+class _Counted:
+    """An iterator of blocks that knows how much it has given."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self.bytes = blocks, 0
+
+    def __iter__(self) -> "_Counted":
+        return self
+
+    def __next__(self) -> bytes:
+        block = next(self._blocks)
+        self.bytes += len(block)
+        return block
 
 
 def _read_parquet(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
@@ -329,37 +284,83 @@ def _read_parquet(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
     row = 0
     try:
         file = pyarrow.parquet.ParquetFile(piece.path)
-        names = file.schema_arrow.names
-        if source.text_field not in names:
-            yield Documents(bad=[(1, f"no column {source.text_field!r}")], lines_read=1)
+        schema = file.schema_arrow
+        if not _has_column(schema, source.text_field):
+            problem = Loss(1, f"no column {source.text_field!r}", _there_are(schema.names))
+            yield Documents(bad=[problem], lines_read=1)
             return
-        columns = [name for name in (source.text_field, source.id_field) if name in names]
+        columns = [name for name in (source.text_field, source.id_field) if _has_column(schema, name)]
         groups = list(range(piece.start, piece.stop))
         for table in file.iter_batches(batch_size=512, row_groups=groups, columns=columns, use_threads=False):
             batch = Documents(input_bytes=table.nbytes, lines_read=table.num_rows)
-            texts = table.column(source.text_field).to_pylist()
-            ids = table.column(source.id_field).to_pylist() if source.id_field in columns else [None] * len(texts)
+            texts, are_strings = _column(table, source.text_field)
+            ids = _column(table, source.id_field)[0] if source.id_field in columns else [None] * len(texts)
+            encoding = "utf-8" if are_strings else piece.encoding
             for text, identifier in zip(texts, ids, strict=True):
                 row += 1
-                batch.add(text, identifier, row)
+                if isinstance(identifier, bytes):
+                    identifier = identifier.decode("utf-8", "replace")
+                batch.add(text, identifier, row, encoding=encoding)
             yield batch
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield Documents(bad=[(row + 1, f"broken Parquet: {str(error).splitlines()[0]}")], lines_read=1)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Documents(bad=[Loss(row + 1, "broken Parquet", str(error).splitlines()[0])], lines_read=1)
+
+
+def _has_column(schema: Any, name: str) -> bool:
+    """Whether a Parquet schema has a column of this name, or a path into nested columns."""
+    import pyarrow
+
+    if name in schema.names:
+        return True
+    root, *path = name.split(".")
+    if root not in schema.names:
+        return False
+    kind = schema.field(root).type
+    for part in path:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return False
+        kind = kind.field(part).type
+    return True
+
+
+def _column(table: Any, name: str) -> tuple[list[object], bool]:
+    """A column's values, and whether it holds strings: these come as bytes, for a broken one to spoil its row only."""
+    import pyarrow
+    import pyarrow.compute
+
+    if name in table.schema.names:
+        column = table.column(name)
+    else:
+        root, *path = name.split(".")
+        column = pyarrow.compute.struct_field(table.column(root), path)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    are_strings = (
+        pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
+    )
+    if are_strings:
+        column = column.cast(pyarrow.large_binary())
+    return column.to_pylist(), are_strings
 
 
 def _read_dataset(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
-    rows = _load_dataset(source).shard(num_shards=piece.stop, index=piece.start)
-    batch = Documents()
-    for number, row in enumerate(rows, start=1):
-        if source.text_field not in row:
-            batch.bad.append((number, f"no field {source.text_field!r}"))
-        else:
-            batch.add(row[source.text_field], row.get(source.id_field), number)
-            batch.input_bytes += len(row[source.text_field] or "") * 3
-        batch.lines_read += 1
-        if batch.input_bytes > BATCH_BYTES:
-            yield batch
-            batch = Documents()
+    import datasets
+    import pyarrow
+
+    batch, number = Documents(), 0
+    try:
+        rows = load_dataset(source).shard(num_shards=piece.stop, index=piece.start)
+        for number, row in enumerate(rows, start=1):
+            had = len(batch.texts)
+            batch.add_row(row, number, source, encoding=piece.encoding)
+            batch.input_bytes += 3 * sum(map(len, batch.texts[had:]))
+            batch.lines_read += 1
+            if batch.input_bytes > BATCH_BYTES:
+                yield batch
+                batch = Documents()
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        batch.lose(number + 1, "the data set breaks off", str(error).splitlines()[0])
     yield batch
 
 

@@ -25,8 +25,9 @@ from megatron_medllm.corpus.clean import clean
 from megatron_medllm.corpus.decontaminate import Detector, Found
 from megatron_medllm.corpus.dedup import sign
 from megatron_medllm.corpus.index import token_dtype
-from megatron_medllm.corpus.read import Documents, Piece, Unit, count_lines, read_piece
+from megatron_medllm.corpus.read import Documents, count_lines, read_piece
 from megatron_medllm.corpus.tokenizer import Encoded, Encoder, Encoders, TokenizerFacts
+from megatron_medllm.corpus.units import Piece, Unit
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, write_json
 
@@ -128,13 +129,13 @@ class UnitWriter:
 
     def _take(self, part: "PartWriter", piece_number: int, piece: Piece, batch: Documents) -> None:
         if batch.bad and self.job.strict:
-            line, reason = batch.bad[0]
-            raise UserError(f"{piece.path}:{line + _lines_before(piece)}: {reason}")
+            loss = batch.bad[0]
+            raise UserError(f"{piece.path}:{loss.line + _lines_before(piece)}: {loss.reason}")
         part.lines[piece_number] += batch.lines_read
         part.input_bytes += batch.input_bytes
         part.read += len(batch.texts) + len(batch.bad)
-        for line, reason in batch.bad:
-            part.drop(piece_number, line, None, "read", reason)
+        for loss in batch.bad:
+            part.drop(piece_number, loss.line, None, "read", loss.reason, kind=loss.kind)
 
         kept = self._clean(part, piece_number, batch)
         if self.detector is not None:
@@ -156,6 +157,7 @@ class UnitWriter:
         ):
             if not was and self.job.config.keep_empty:
                 part.empty += 1
+                part.lose("empty text", piece, line, "empty text")
                 kept.append(Document(was, identifier, line))
             elif step:
                 part.drop(piece, line, identifier, f"clean.{step}", reason)
@@ -202,6 +204,7 @@ class PartWriter:
         self.lines = [0] * len(unit.pieces)
         self.input_bytes = self.read = self.empty = self.contaminated = self.tokens = 0
         self.dropped: Counter[str] = Counter()
+        self.lost: dict[str, dict] = {}
         self.columns: dict[str, list[np.ndarray]] = {}
 
     def open(self, files: ExitStack) -> None:
@@ -211,9 +214,21 @@ class PartWriter:
             for suffix in (".bin", ".dropped", ".contaminated", ".ids", ".sketch")
         )
 
-    def drop(self, piece: int, line: int, identifier: str | None, step: str, reason: str) -> None:
-        """Write down a document that does not go on. Its line is within the piece; the end adds the piece's own."""
+    def lose(self, kind: str, piece: int, line: int, reason: str) -> None:
+        """Count a loss for the account, and remember the first of its kind."""
+        first = self.lost.setdefault(kind, {"count": 0, "piece": piece, "line": line, "reason": reason})
+        first["count"] += 1
+
+    def drop(
+        self, piece: int, line: int, identifier: str | None, step: str, reason: str, *, kind: str | None = None
+    ) -> None:
+        """Write down a document that does not go on. Its line is within the piece; the end adds the piece's own.
+
+        Args:
+            kind: what the account counts it under; default: the step.
+        """
         self.dropped[step] += 1
+        self.lose(kind or step, piece, line, reason)
         _write_row(self._dropped, {"piece": piece, "line": line, "id": identifier, "step": step, "reason": reason})
 
     def note_contamination(self, piece: int, document: Document, found: Found, action: str) -> None:
@@ -248,7 +263,7 @@ class PartWriter:
         """Write the columns, then the facts that declare the part complete."""
         columns = {name: np.concatenate(chunks) for name, chunks in self.columns.items()}
         with atomic_write(self.stem.with_suffix(".npz")) as stream:
-            np.savez(stream, **columns)
+            np.savez(stream, **columns)  # type: ignore[arg-type]
         facts = {
             "documents": len(columns["lengths"]) if columns else 0,
             "tokens": self.tokens,
@@ -258,6 +273,7 @@ class PartWriter:
             "input_bytes": self.input_bytes,
             "lines": self.lines,
             "dropped": dict(sorted(self.dropped.items())),
+            "lost": self.lost,
         }
         write_json(self.stem.with_suffix(".json"), facts)
         return facts

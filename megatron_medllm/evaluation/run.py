@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.exam import EvalConfig
+from megatron_medllm.corpus.same_question import same_questions
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.exam_page import write_exam_page
 from megatron_medllm.evaluation.gate import check_requirements, parse_requirement
@@ -37,6 +38,7 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str,
         "model": str(model_dir),
         "questions": len(exam.questions),
         "void_questions": list(exam.void_ids),
+        "account": exam.account.to_json(),
         "provenance": answers.provenance,
         **summarize_outcomes(config, exam, outcomes, whole_exam=whole_exam),
         "timing": {**answers.timing, "tokens_per_s": answers.timing["new_tokens"] / (answers.timing["seconds"] or 1.0)},
@@ -73,6 +75,13 @@ def load_configured_exam(config: EvalConfig) -> tuple[Exam, Exam]:
 
 def _examine(config: EvalConfig, exam: Exam, model_dir: Path, output_dir: Path) -> tuple[list[Outcome], Answers]:
     prompter = ExamPrompter(config.prompt, config.exam.data)
+    told = same_questions(prompter.shots, exam.questions)
+    if told:
+        shot, twin = next(iter(told.items()))
+        raise UserError(
+            f"few-shot item {shot} is question {twin} of the exam, and would tell its answer: "
+            "set prompt.shot_file to other questions, or exam.years to other papers"
+        )
     asked = [
         (question, mode, sample, prompter.request(question, mode, config.decoding, sample=sample))
         for mode in config.modes

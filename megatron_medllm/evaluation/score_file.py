@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_medllm.account import Account
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.parsing import Parser, parse_answer
 from megatron_medllm.exams.question import Question
+from megatron_medllm.exams.rows import read_rows
 from megatron_medllm.exams.scoring import Score, score_answer, score_report
 from megatron_medllm.pages.markdown import markdown_table
 from megatron_medllm.pages.numbers import passed_text, rate
-from megatron_medllm.storage import read_jsonl
 
 
 def score_predictions(
@@ -46,6 +47,12 @@ def score_predictions(
         scores[problem_id] = score_answer(known[problem_id], parsed, parser=parser)
     if not scores:
         raise UserError(f"{', '.join(map(str, predictions))}: no prediction for the selected questions")
+    account = Account("questions")
+    for question in exam.questions:
+        if question.problem_id in scores:
+            account.keep(exam_name)
+        else:
+            account.lose(exam_name, "no prediction", question.problem_id)
     years = {question.year for question in exam.questions if question.problem_id in scores}
     missing = [q.problem_id for q in exam.questions if q.year in years and q.problem_id not in scores]
     return {
@@ -53,6 +60,7 @@ def score_predictions(
         "malformed": malformed,
         "missing": len(missing),
         "missing_first": missing[:10],
+        "account": account.to_json(),
         "parser": parser,
         "text_only": text_only,
     }
@@ -66,15 +74,15 @@ def read_predictions(paths: Sequence[Path], known: dict[str, Question]) -> dict[
     """
     found: dict[str, str] = {}
     for path in paths:
-        for number, row in enumerate(read_jsonl(path), start=1):
+        for place, row in read_rows(path):
             for field in ("problem_id", "prediction"):
                 if not isinstance(row.get(field), str):
-                    raise UserError(f"{path}:{number}: expected a string field {field!r}, found {row.get(field)!r}")
+                    raise UserError(f"{place}: expected a string field {field!r}, found {row.get(field)!r}")
             problem_id = row["problem_id"]
             if problem_id not in known:
-                raise UserError(f"{path}:{number}: problem_id {problem_id!r} is not a question of the exam")
+                raise UserError(f"{place}: problem_id {problem_id!r} is not a question of the exam")
             if problem_id in found:
-                raise UserError(f"{path}:{number}: problem_id {problem_id!r} was predicted before")
+                raise UserError(f"{place}: problem_id {problem_id!r} was predicted before")
             found[problem_id] = row["prediction"]
     return found
 

@@ -1,14 +1,18 @@
-"""Questions from JSON-lines files: IgakuQA and YakugakuQA as published, and any file of the same schema."""
+"""Questions from files: IgakuQA and YakugakuQA as published, and any file of the layouts that `schema` reads."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_medllm.account import Account
 from megatron_medllm.errors import UserError
+from megatron_medllm.exams.gold import counts_from
 from megatron_medllm.exams.question import Question, VoidQuestionError, question_from_row
-from megatron_medllm.storage import read_json, read_jsonl
+from megatron_medllm.exams.rows import read_rows
+from megatron_medllm.exams.schema import QuestionRow, read_metadata_row, read_question_row
+from megatron_medllm.storage import read_json
 
 RULES_DIR = Path(__file__).parent / "rules"
 _YEAR = re.compile(r"(?:19|20)\d\d$")
@@ -22,12 +26,16 @@ _NUMBERED_ID = re.compile(r"(\d{3}[A-F])(\d+)$")
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """An exam's name, its questions in file order, its rules, and the ids left out because they have no answer."""
+    """An exam's name, its questions in file order, its rules, and the ids left out because they have no answer.
+
+    `account`: questions kept, and those left out as void or, with `text_only`, for their images.
+    """
 
     name: str
     questions: tuple[Question, ...]
     rules: dict[str, Any]
     void_ids: tuple[str, ...] = ()
+    account: Account = field(default_factory=lambda: Account("questions"), compare=False)
 
 
 def load_exam(
@@ -46,25 +54,35 @@ def load_exam(
         UserError: no file, an unknown schema, a question without gold, a repeated id; names file and line.
     """
     rules = load_rules(name)
+    account = Account("questions")
     questions: list[Question] = []
     void_ids: list[str] = []
     places: dict[str, str] = {}
     for path in question_files(data):
-        found, void = _load_file(path, rules)
-        for question in found:
-            if question.problem_id in places:
-                raise UserError(f"{path}: problem_id {question.problem_id!r} is also in {places[question.problem_id]}")
-            places[question.problem_id] = str(path)
-        questions += found
-        void_ids += void
+        for place, question in _load_file(path, rules):
+            problem_id = question if isinstance(question, str) else question.problem_id
+            if problem_id in places:
+                raise UserError(f"{place}: problem_id {problem_id!r} is also in {places[problem_id]}")
+            places[problem_id] = place
+            if isinstance(question, str):
+                void_ids.append(question)
+                account.lose(name, "no right answer", f"{place}: {question} is declared void")
+            else:
+                questions.append(question)
+    questions = _with_groups(questions)
     if years:
         missing = set(years) - {question.year for question in questions}
         if missing:
             raise UserError(f"{_names(data)}: no questions of {', '.join(sorted(missing))}")
         questions = [question for question in questions if question.year in set(years)]
     if text_only:
+        for question in questions:
+            if not question.text_only:
+                account.lose(name, "needs an image", f"{places[question.problem_id]}: {question.problem_id}")
         questions = [question for question in questions if question.text_only]
-    return Exam(name, tuple(questions[:limit]), rules, tuple(void_ids))
+    questions = questions[:limit]
+    account.keep(name, len(questions))
+    return Exam(name, tuple(questions), rules, tuple(void_ids), account)
 
 
 def load_rules(name: str) -> dict[str, Any]:
@@ -103,24 +121,71 @@ def load_shots(path: Path, rules: dict[str, Any] | None = None) -> tuple[Questio
     Raises:
         UserError: as `load_exam`.
     """
-    return tuple(_load_file(path, rules or {})[0])
+    return tuple(question for _, question in _load_file(path, rules or {}) if isinstance(question, Question))
 
 
-def _load_file(path: Path, rules: dict[str, Any]) -> tuple[list[Question], list[str]]:
-    metadata_path = path.with_name(path.stem + _METADATA)
-    metadata = {row.get("problem_id"): row for row in read_jsonl(metadata_path)} if metadata_path.is_file() else {}
-    year = next((part for part in (path.stem, path.parent.name) if _YEAR.match(part)), "")
-    questions, void = [], []
-    for number, row in enumerate(read_jsonl(path), start=1):
+def is_metadata(path: Path) -> bool:
+    """Whether a file only tells about the questions of the file beside it."""
+    return path.name.endswith(_METADATA)
+
+
+def load_question_texts(path: Path) -> list[QuestionRow]:
+    """The questions of a file as far as their text goes: nothing is asked of their gold, and `text` alone is enough.
+
+    Raises:
+        UserError: a row is no question; names file and line.
+    """
+    found = []
+    for number, (place, row) in enumerate(read_rows(path), start=1):
         try:
-            questions.append(
-                question_from_row(row, year=year, metadata=metadata.get(row.get("problem_id"), {}), rules=rules)
+            found.append(read_question_row(row, needs_gold=False, default_id=f"{path.name}:{number}"))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+    return found
+
+
+def _load_file(path: Path, rules: dict[str, Any]) -> list[tuple[str, Question | str]]:
+    """Place and question of every row, or place and id of one without an answer."""
+    metadata = _load_metadata(path.with_name(path.stem + _METADATA))
+    year = next((part for part in (path.stem, path.parent.name) if _YEAR.match(part)), "")
+    rows = list(read_rows(path))
+    try:
+        counted_from = counts_from(row for _, row in rows)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    found: list[tuple[str, Question | str]] = []
+    for number, (place, row) in enumerate(rows, start=1):
+        about = metadata.get(str(row.get("problem_id")), {})
+        try:
+            question = question_from_row(
+                row,
+                year=year,
+                metadata=about,
+                rules=rules,
+                default_id=f"{path.stem}:{number}",
+                counted_from=counted_from,
             )
         except VoidQuestionError as error:
-            void.append(str(error))
+            found.append((place, str(error)))
         except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-    return _with_groups(questions), void
+            raise UserError(f"{place}: {error}") from None
+        else:
+            found.append((place, question))
+    return found
+
+
+def _load_metadata(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a metadata file by problem_id; none where there is no file."""
+    found: dict[str, dict[str, Any]] = {}
+    for place, row in read_rows(path) if path.is_file() else ():
+        try:
+            problem_id = read_metadata_row(row).problem_id
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        if problem_id in found:
+            raise UserError(f"{place}: problem_id {problem_id!r} is described twice")
+        found[problem_id] = row
+    return found
 
 
 def _with_groups(questions: list[Question]) -> list[Question]:

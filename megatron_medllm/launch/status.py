@@ -93,6 +93,17 @@ def active_jobs(files: RunFiles) -> list[str]:
     return [job for job, (state, _) in states.items() if is_active(state)]
 
 
+def refuse_queued(run: Path) -> None:
+    """Refuse to work on a run whose jobs are queued or running, as far as this machine can tell.
+
+    Raises:
+        UserError: names the jobs.
+    """
+    active = active_jobs(RunFiles(run.resolve())) if shutil.which("squeue") else []
+    if active:
+        raise UserError(f"{run}: jobs of this run are still queued ({', '.join(active)}); see medllm status or cancel")
+
+
 def run_status(run: Path) -> list[StageStatus]:
     """Where every submitted stage of a run stands.
 

@@ -25,8 +25,8 @@ def with_letters(question: Question) -> Question:
     return replace(
         question,
         labels=tuple(map(letter, question.labels)),
-        answer=tuple(letter(item[0]) for item in question.answer),
-        accepted=tuple(tuple(map(letter, item)) for item in question.accepted),
+        answer=tuple(map(letter, question.answer)),
+        accepted=tuple(tuple(sorted(map(letter, item))) for item in question.accepted),  # 10 sorts before 2
         explanation=explanation,
     )
 

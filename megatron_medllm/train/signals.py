@@ -16,16 +16,19 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.runtime import Runtime
 
 WALLTIME_VARIABLE = "MEDLLM_WALLTIME_S"
-_STARTED_VARIABLE = "MEDLLM_STARTED_AT"
 _MARGIN = 1.5  # a save and a step may take this much longer than any before
 
 
 class StopRequests:
-    """Collects signals and watches the clock."""
+    """Collects signals and watches the clock.
 
-    def __init__(self, guard: GuardConfig) -> None:
+    Args:
+        started: `time.monotonic()` where the allotted time began.
+    """
+
+    def __init__(self, guard: GuardConfig, started: float) -> None:
         walltime = guard.walltime_s or allotted_s()
-        self._deadline = float(os.environ.get(_STARTED_VARIABLE, str(time.time()))) + walltime
+        self._deadline = started + walltime
         self._signal: str | None = None
         self._longest_step_s = 0.0
         self._longest_save_s = 0.0
@@ -42,11 +45,14 @@ class StopRequests:
         """Learn how long a save takes."""
         self._longest_save_s = max(self._longest_save_s, seconds)
 
+    def is_late(self) -> bool:
+        """Whether one more step and a save might not fit the allotted time."""
+        needed_s = _MARGIN * (self._longest_step_s + self._longest_save_s)
+        return time.monotonic() + needed_s > self._deadline
+
     def reason(self, runtime: Runtime) -> str | None:
         """Why the run should save and stop now; the same answer on every process. Collective."""
-        needed_s = _MARGIN * (self._longest_step_s + self._longest_save_s)
-        late = time.time() + needed_s > self._deadline
-        votes = torch.tensor([self._signal is not None, late], dtype=torch.int32, device=runtime.device)
+        votes = torch.tensor([self._signal is not None, self.is_late()], dtype=torch.int32, device=runtime.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         if votes[0]:
             return self._signal or "a signal on another process"
@@ -70,9 +76,9 @@ def allotted_s() -> float:
 
 
 @contextmanager
-def stop_requests(guard: GuardConfig) -> Iterator[StopRequests]:
-    """Listen for SIGTERM and SIGUSR1 while the block runs."""
-    requests = StopRequests(guard)
+def stop_requests(guard: GuardConfig, started: float) -> Iterator[StopRequests]:
+    """Listen for SIGTERM and SIGUSR1 while the block runs; the allotted time began at `time.monotonic()` `started`."""
+    requests = StopRequests(guard, started)
     previous = {number: signal.signal(number, requests.on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield requests

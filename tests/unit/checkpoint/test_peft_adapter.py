@@ -14,6 +14,7 @@ from megatron_medllm.checkpoint.convert import export_checkpoint
 from megatron_medllm.checkpoint.description import describe_checkpoint
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.checkpoint.peft_adapter import export_peft, load_adapter, read_peft
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
@@ -53,7 +54,7 @@ def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
         export_hf([chunk], SHAPE, tmp_path / "live", runtime=here, source_dir=base, dtype=torch.float32)
         ckpt = tmp_path / "ckpt"
         ckpt.mkdir()
-        mcore.StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), ckpt, wait=True)
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), ckpt, wait=True)
         describe_checkpoint(ckpt, SHAPE, dtype=torch.float32, source_dir=base, adapter=CONFIG)
         trained = {name: p.clone() for name, p in adapter_parameters(chunk).items()}
 
@@ -147,7 +148,7 @@ def test_a_quantized_base_is_not_merged_as_if_it_were_whole(tmp_path: Path, base
     with running(base) as (chunk, _):
         trained_adapter(chunk, CONFIG)
         (tmp_path / "ckpt").mkdir()
-        mcore.StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
     fp8 = CONFIG.model_copy(update={"base": "fp8"})
     describe_checkpoint(tmp_path / "ckpt", SHAPE, dtype=torch.float32, source_dir=base, adapter=fp8)
     with pytest.raises(UserError, match="trained on a fp8 base"):

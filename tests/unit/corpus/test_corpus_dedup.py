@@ -65,8 +65,8 @@ def test_stated_probability_of_becoming_a_candidate():
 def test_which_one_stays(tmp_path, configure):
     base = "".join(SENTENCES)
     paths = [
-        write_jsonl(tmp_path / "a.jsonl", [base[:-3], base]),
-        write_jsonl(tmp_path / "b.jsonl", [base[:-1] + "。。。"]),
+        write_jsonl(tmp_path / "a.jsonl", [base[:-3], base, "別の文書"]),  # a source that keeps nothing is refused
+        write_jsonl(tmp_path / "b.jsonl", [base[:-1] + "。。。", "他の文書"]),
     ]
     sources = {"a": {"paths": str(paths[0])}, "b": {"paths": str(paths[1]), "priority": 0}}
 
@@ -75,7 +75,7 @@ def test_which_one_stays(tmp_path, configure):
         config = configure(sources, dedup={"near": True, "keep": keep})
         manifest = build(config, tmp_path / f"{keep}{priority}", workers=1)
         rows = read_dropped(tmp_path / f"{keep}{priority}")
-        assert sum(source["documents"] for source in manifest["sources"].values()) == 1
+        assert sum(source["documents"] for source in manifest["sources"].values()) == 3
         return sorted(row["id"] for row in rows)
 
     assert kept("longest", 0) == ["a-0", "a-1"]

@@ -14,7 +14,8 @@ from corpus_samples import SENTENCES, write_jsonl
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.build import build
 from megatron_medllm.corpus.index import read_index
-from megatron_medllm.corpus.read import count_lines, plan_units, read_piece
+from megatron_medllm.corpus.read import count_lines, read_piece
+from megatron_medllm.corpus.units import plan_units
 from megatron_medllm.errors import UserError
 
 TEXTS = [*SENTENCES, "改行\nのある文書", "末尾"]
@@ -145,8 +146,9 @@ def test_nothing_to_read(tmp_path, configure):
         build(configure({"s": {"paths": str(tmp_path / "none*.jsonl")}}), tmp_path / "out", workers=1)
 
 
-def test_an_empty_corpus_is_whole(tmp_path, build_one):
+def test_a_source_without_a_document_is_refused(tmp_path, build_one):
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    output, manifest = build_one(tmp_path / "empty.jsonl")
-    assert manifest["tokens"] == 0
-    assert len(read_index(output / "s").lengths) == 0
+    with pytest.raises(UserError, match=r"^s: no documents at all; check sources\.s\.paths, or leave the source out$"):
+        build_one(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match=r"^s: none of 2 documents is left \(empty text: 2, first .*in\.jsonl:1\)"):
+        build_one(["", ""])

@@ -167,7 +167,7 @@ def test_parts_of_another_format_are_not_mixed_in(tmp_path, config, monkeypatch)
     output = interrupted(tmp_path, config, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
-        with pytest.raises(UserError, match="parts_format: 2 there, 99 now"):
+        with pytest.raises(UserError, match="parts_format: 3 there, 99 now"):
             build(config, output, workers=1)
     build(config, output, workers=1)
     with monkeypatch.context() as patch:

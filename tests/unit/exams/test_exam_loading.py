@@ -55,9 +55,10 @@ def test_cases_without_numbers_run_to_the_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?", "options": []}, "missing field 'problem_id'"),
+        ({"problem_text": "?", "choices": [], "answer": ["1"]}, "missing field 'problem_id'"),
+        ({"question": "?", "options": []}, "missing field 'answer'"),
         ({"problem_id": "1", "problem_text": "?", "choices": ["x"], "answer": []}, "needs its gold"),
-        ({"problem_id": "1", "problem_text": "?", "choices": ["x"], "answer": "a"}, "needs its gold"),
+        ({"problem_id": "1", "problem_text": "?", "choices": ["x"], "answer": " "}, "needs its gold"),
         ({"problem_id": "1", "problem_text": "?", "choices": "x", "answer": ["a"]}, "'choices' must be a list"),
         (
             {"problem_id": "1", "problem_text": "?", "choices": ["x"], "answer": ["c"]},

@@ -5,6 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,10 @@ from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, par
 from megatron_medllm.config.model import SIZES
 from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch import supervisor
+from megatron_medllm.launch import node, supervisor
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
-from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
+from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs, submit_bench, submit_recipe
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import (
     cancel,
@@ -29,7 +32,8 @@ from megatron_medllm.launch.status import (
     status_report,
 )
 from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
-from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
+from megatron_medllm.processes import ProcessId
+from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.signals import allotted_s
 
@@ -338,6 +342,38 @@ def test_a_node_without_disk_or_gpus_is_unfit(tmp_path: Path) -> None:
     assert "needed" in (node_problem(tmp_path, {**spec, "min_free_disk_gib": 1e9}) or "")
 
 
+@pytest.mark.parametrize(("gpus", "problem"), [(2, None), (1, "1 usable GPUs, 2 expected"), (0, "0 usable GPUs")])
+def test_a_node_must_have_the_gpus_that_the_job_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, problem: str | None
+) -> None:
+    driver = tmp_path / "nvidia-smi"  # says so many GPUs
+    driver.write_text("#!/bin/sh\n" + "".join(f"echo GPU {n}\n" for n in range(gpus)))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    spec = {"gpus_per_node": 2, "check_gpus": True, "min_free_disk_gib": 0}
+    found = node_problem(tmp_path, spec)
+    assert found is None if problem is None else problem in (found or "")
+    assert node_problem(tmp_path, {**spec, "check_gpus": False}) is None
+
+
+def test_all_nodes_learn_of_an_unfit_one_and_fit_ones_wait_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, spec = RunFiles(tmp_path), {"nodes": 2}
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "")
+    monkeypatch.setattr(node, "allocated_nodes", lambda: ["n1", "n2"])
+    monkeypatch.setattr(node, "CHECK_IN_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "did not check in within 0.2 s"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # another start: the first one's files do not count
+    folder = tmp_path / "launch" / "check-in" / "cpt" / "job0-restart1"
+    write_json(folder / "n2.json", {"problem": "no disk"})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "no disk"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    write_json(folder.with_name("job0-restart2") / "n2.json", {"problem": None})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {}
+
+
 def test_the_supervisor_runs_on_a_bare_python(tmp_path: Path) -> None:
     """It imports nothing of the package: the batch script calls it outside any container."""
     command = [sys.executable, "-I", "-S", supervisor.__file__, "begin", str(tmp_path), "cpt"]
@@ -381,3 +417,46 @@ def test_a_submission_freezes_the_body_of_its_scripts(tmp_path: Path) -> None:
     freeze(files, [StageJob(name="cpt", script="cpt", command=("-c", ""))], ClusterConfig(), "name: x\n")
     body = (tmp_path / "launch" / "stage.sh").read_text()
     assert body == (SCRIPTS / "stage.sh").read_text() and 'srun "${MEDLLM_SRUN[@]}"' in body
+
+
+def test_a_node_ends_the_ranks_that_this_starts_verdict_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process too, after it has written its stack."""
+    monkeypatch.setattr(node, "STACK_WAIT_S", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    stack = tmp_path / "stack.txt"
+    code = (
+        f"import faulthandler, signal, time; stack = open({str(stack)!r}, 'w')\n"
+        "faulthandler.register(signal.SIGUSR2, file=stack); print('ready', flush=True); time.sleep(3600)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline()
+    rank.send_signal(signal.SIGSTOP)
+    row = {"kind": "silent", "ranks": [asdict(ProcessId.of(rank.pid))], "job_id": "7"}
+    verdict = tmp_path / "stall.json"
+    write_json(verdict, {**row, "restart": 0})  # an earlier start's
+    ending = threading.Thread(target=node.end_stalled_ranks, args=(verdict,), daemon=True)
+    ending.start()
+    time.sleep(2 * node.CHECK_IN_POLL_S)
+    assert rank.poll() is None
+    write_json(verdict, {**row, "restart": 1})
+    assert rank.wait(timeout=60) == -signal.SIGKILL
+    assert "line 2" in stack.read_text()
+    ending.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"),
+    [
+        ("{kind: transformers}", 1),
+        ("{kind: vllm, python: /venv/bin/python, tensor_parallel: 4}", 4),
+        ("{kind: openai, url: 'http://n1:8000/v1'}", 0),
+    ],
+)
+def test_an_exam_asks_for_the_gpus_of_its_engine(recipe: Path, tmp_path: Path, engine: str, gpus: int) -> None:
+    recipe.write_text(RECIPE + f"eval: {{exam: {{data: [/lustre/exam]}}, engine: {engine}}}\n")
+    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    assert run.cluster is not None
+    jobs = {job.name: job for job in recipe_jobs(run, recipe_stages(run, Path("c.yaml")), run.cluster)}
+    assert [jobs[name].gpus_per_node for name in ("eval-base", "cpt", "eval-cpt")] == [gpus, 8, gpus]
+    assert (jobs["eval-cpt"].after, jobs["eval-cpt"].processes_per_node) == (("cpt",), 0)

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import log_softmax
 
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape, shape_from_hf_config
 from megatron_medllm.errors import UserError
@@ -91,7 +92,7 @@ def test_te_finds_no_state_of_its_final_norm_in_a_checkpoint_of_torchs(tmp_path:
     from megatron_medllm.parallel import mcore
 
     model = build_tiny(SHAPE)
-    mcore.StateWriter().start(mcore.sharded_state([model], None, is_loading=False), tmp_path, wait=True)
+    StateWriter().start(mcore.sharded_state([model], None, is_loading=False), tmp_path, wait=True)
     state = mcore.sharded_state([model], None, is_loading=True)
     assert any(isinstance(entry, ShardedObject) for entry in state["model"].values())
     key = "decoder.final_layernorm._extra_state"

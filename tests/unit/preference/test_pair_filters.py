@@ -1,3 +1,6 @@
+import unicodedata
+from collections.abc import Callable
+
 import pytest
 
 from megatron_medllm.config.pairs import FilterConfig
@@ -103,6 +106,25 @@ def test_contamination_by_near_duplicate() -> None:
     assert contaminated([copied, fresh, short], exam, same_exam=False) == {"T1": ("E1", "nearly the same text")}
 
 
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)}),
+        lambda text: text.upper().replace("、", " ").replace("。", "\n"),
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: text.translate(str.maketrans("アイウエオカキクケコタテト", "ｱｲｳｴｵｶｷｸｹｺﾀﾃﾄ")),
+    ],
+)
+def test_contamination_folds_as_decontamination_does(copy: Callable[[str], str]) -> None:
+    text = "52歳の男性。HbA1c 8.2%でメトホルミンをガイドラインに従って開始した。次に追加すべき薬剤はどれか。"
+    exam = [question(["a"], text, "E1"), question(["a"], "短い問いABC。", "E2")]
+    copies = [question(["a"], copy(text), "T1"), question(["a"], copy("短い問いABC。"), "T2")]
+    found = contaminated(copies, exam, same_exam=False)
+    assert {key: twin for key, (twin, _) in found.items()} == {"T1": "E1", "T2": "E2"}
+    other = question(["a"], "短い問いABD。", "T3")
+    assert contaminated([other], exam, same_exam=False) == {}
+
+
 def test_contamination_by_year() -> None:
     exam = [question(["a"], CASE, "E1", year="2020")]
     training = [question(["a"], "別の問い", "T1", year="2020"), question(["a"], "他の問い", "T2", year="2019")]
@@ -117,3 +139,9 @@ def test_numbered_choices_become_letters() -> None:
     assert renamed.explanation.startswith("a:誤\n甲は違う。b:正\n0.5mg、選択肢eも正しい。")
     lettered = question(["b"])
     assert with_letters(lettered) is lettered
+
+
+def test_the_tenth_choice_becomes_the_tenth_letter() -> None:
+    asked = question(["2", "10"], choices=list("甲乙丙丁戊己庚辛壬癸"))
+    assert asked.accepted == (("10", "2"),)
+    assert with_letters(asked).accepted == (("b", "j"),) and set(with_letters(asked).answer) == {"b", "j"}
