@@ -1,5 +1,8 @@
 """The one exception that users see: a sentence that names the file, field or line at fault."""
 
+# Wrong input, told in one line: running again would not help. The supervisor of a batch job knows this number too.
+USER_ERROR_EXIT_CODE = 2
+
 
 class UserError(Exception):
     """Bad input, told in one line.

@@ -57,12 +57,12 @@ def progress(title: str, total: float | None = None) -> Iterator[ProgressFile | 
         yield ProgressFile(Path(watched), title=title, total=total)
         return
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
         yield ProgressBar(bar, title=title, total=total)

@@ -65,6 +65,8 @@ def read_json(path: Path) -> Any:
         return orjson.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:  # a folder, or not ours to read
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
@@ -79,6 +81,8 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         stream = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:  # a folder, or not ours to read
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     with stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -86,6 +90,8 @@ def read_jsonl(path: Path) -> Iterator[dict]:
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
+                if kind := pointer_kind(line):
+                    raise UserError(f"{path} is a {kind} pointer, not the file: fetch it (`{kind} pull`)") from None
                 raise UserError(f"{path}:{number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")

@@ -117,7 +117,10 @@ class ScriptedEndpoint:
     `script(body)` returns the text, or an int: the HTTP status to fail with. `calls` holds the bodies received.
     """
 
+    finish_reason = "stop"
+
     def __init__(self, script: Callable[[dict], str | int]) -> None:
+        finish_reason = self.finish_reason
         self.calls: list[tuple[str, dict]] = []
         calls = self.calls
 
@@ -131,7 +134,7 @@ class ScriptedEndpoint:
                     return
                 choice = {"message": {"content": text}} if "messages" in body else {"text": text}
                 usage = {"prompt_tokens": 7, "completion_tokens": len(text)}
-                reply = json.dumps({"choices": [{**choice, "finish_reason": "stop"}], "usage": usage}).encode()
+                reply = json.dumps({"choices": [{**choice, "finish_reason": finish_reason}], "usage": usage}).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()

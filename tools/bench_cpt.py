@@ -131,8 +131,10 @@ def measure_ours(work: Path, steps: int, threads: int) -> dict:
     import torch
 
     from megatron_medllm.config.run import RunConfig
-    from megatron_medllm.parallel import mcore, runtime
+    from megatron_medllm.parallel import runtime
+    from megatron_medllm.train.one_step import run_step
     from megatron_medllm.train.setup import build_trainer
+    from megatron_medllm.train.throughput import StepClock
 
     torch.set_num_threads(threads)
     meter, losses = Meter(), []
@@ -141,7 +143,7 @@ def measure_ours(work: Path, steps: int, threads: int) -> dict:
         "train_tokens": (steps + 1) * ROWS_PER_STEP * SEQUENCE,
         "sequence_length": SEQUENCE,
         "global_batch_size": ROWS_PER_STEP,
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {"lr": 1e-4, "schedule": "linear", "warmup_ratio": 0.0, "min_lr_ratio": 0.0},
     }
     model = {"path": str(work / "model"), "dtype": "float32"}
     run = RunConfig.model_validate({"run_dir": str(work / "run"), "model": model, "cpt": cpt})
@@ -149,17 +151,7 @@ def measure_ours(work: Path, steps: int, threads: int) -> dict:
     trainer = build_trainer(run, ranks)
     meter.mark()
     for step in range(steps + 1):
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
-        parts = mcore.run_micro_batches(
-            trainer.step.forward,
-            trainer.chunks,
-            trainer.step.micro_batches(step),
-            stream_length=trainer.step.stream_length,
-        )
-        mcore.clip_and_step(trainer.optimizer, clip_grad=1.0)
-        losses.append(float(sum(part["loss"] for part in parts) / sum(part["count"] for part in parts)))
+        losses.append(run_step(trainer, step, StepClock()).metrics["loss"])
         meter.mark()
     runtime.stop()
     return meter.result(losses[0])

@@ -202,9 +202,10 @@ def run_config(arguments: argparse.Namespace, *, row: str = "ours") -> Any:
 
 def measure_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_medllm.models import qwen25
-    from megatron_medllm.parallel import mcore, runtime
-    from megatron_medllm.parallel.reduce import sum_metrics
+    from megatron_medllm.parallel import runtime
+    from megatron_medllm.train.one_step import run_step
     from megatron_medllm.train.setup import build_trainer
+    from megatron_medllm.train.throughput import StepClock
 
     if arguments.row == "ours, logits written out":
         qwen25.fused_linear_logprob = written_out  # type: ignore[assignment]
@@ -212,17 +213,10 @@ def measure_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     imports_mib = resident_mib()
     ranks = runtime.start(run.layout, seed=0)
     trainer = build_trainer(run, ranks)
-    step, clock, metrics = trainer.step, StepTimes(), []
+    clock, metrics = StepTimes(), []
     for index in range(arguments.steps):
         clock.begin()
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
-        parts = mcore.run_micro_batches(
-            step.forward, trainer.chunks, step.micro_batches(index), stream_length=step.stream_length
-        )
-        metrics.append(step.summarize(sum_metrics(parts, step.metric_names, ranks)))
-        mcore.clip_and_step(trainer.optimizer, clip_grad=1.0)
+        metrics.append(run_step(trainer, index, StepClock()).metrics)
         clock.end()
     runtime.stop()
     return clock.result(imports_mib) | {

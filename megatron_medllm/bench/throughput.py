@@ -23,9 +23,10 @@ from megatron_medllm.bench.harness import (
 from megatron_medllm.bench.synthetic import with_synthetic_data
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
+from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
-from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.planner.from_config import workload_of
+from megatron_medllm.train.one_step import run_step
 from megatron_medllm.train.scoring import score_run_pairs
 from megatron_medllm.train.setup import Trainer, build_trainer
 from megatron_medllm.train.throughput import StepClock
@@ -67,25 +68,16 @@ def _measure_training(run: RunConfig, settings: BenchSettings, trainer: Trainer)
 
 
 def _step(trainer: Trainer, index: int) -> Measured:
-    """One optimizer step."""
-    step, ranks = trainer.step, trainer.runtime
+    """One optimizer step, as the loop runs it; a step without an update is no measurement."""
     dist.barrier()
     clock = StepClock()
-    for chunk in trainer.chunks:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-    trainer.optimizer.zero_grad()
-    with clock.part("data"):
-        micro_batches = step.micro_batches(index)
-    with clock.part("forward_backward"):
-        parts = mcore.run_micro_batches(step.forward, trainer.chunks, micro_batches, stream_length=step.stream_length)
-    with clock.part("optimizer"):
-        _, grad_norm = mcore.clip_and_step(trainer.optimizer, clip_grad=trainer.config.optimizer.clip_grad)
+    done = run_step(trainer, index, clock)
     seconds = clock.seconds()
-    sums = sum_metrics(parts, step.metric_names, ranks)
-    metrics = step.summarize(sums) | {"grad_norm": grad_norm}
-    step.check(index, metrics)
-    work = total_work([local_work(m, unit=step.unit) for m in micro_batches], ranks)
-    pairs = {"pairs": sums["count"]} if step.unit == "pairs" else {}
+    if done.problem is not None:
+        raise UserError(f"step {index + 1} was not measured: {done.problem}")
+    step, ranks = trainer.step, trainer.runtime
+    work = total_work([local_work(m, unit=step.unit) for m in done.micro_batches], ranks)
+    pairs = {"pairs": done.metrics["pairs"]} if step.unit == "pairs" else {}
     return Measured(
         seconds=seconds,
         parts=clock.parts,
@@ -93,5 +85,5 @@ def _step(trainer: Trainer, index: int) -> Measured:
         padding=work.padding,
         counts={"loss_tokens": work.loss_tokens, **pairs},
         flops=both_flops(workload_of(trainer.run), work, forward_only=False),
-        loss=metrics["loss"],
+        loss=done.metrics["loss"],
     )

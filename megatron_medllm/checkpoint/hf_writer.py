@@ -24,6 +24,7 @@ from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import merged_parameters
 from megatron_medllm.models.qwen25 import unwrap
+from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import full_disk_error
 
@@ -56,6 +57,7 @@ def export_hf(
     Raises:
         UserError: `hf_dir` exists or the disk is full; raised on every process, and nothing is left behind.
     """
+    gather_parameters(model_chunks)
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)
     failure = _create_on_main(target, hf_dir, runtime)

@@ -8,6 +8,8 @@ from megatron_medllm.config.base import Section
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 
+Switch = Literal["auto", "on", "off"]
+
 
 class LayoutConfig(Section):
     """Parallel sizes; data parallelism takes the rest of the world (`nodes` x `gpus_per_node`)."""
@@ -21,6 +23,21 @@ class LayoutConfig(Section):
     cp: int = Field(default=1, gt=0, description="context parallel: ranks that share every stream of tokens")
     sp: bool = Field(default=False, description="sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = True
+    overlap_grad_reduce: Switch = Field(
+        default="auto",
+        description="reduce gradients over data-parallel ranks while the backward pass goes on; auto: on CUDA with "
+        "dp x cp > 1",
+    )
+    overlap_param_gather: Switch = Field(
+        default="auto",
+        description="gather updated weights during the next forward pass; auto: where gradients overlap, with the "
+        "distributed optimizer",
+    )
+    bucket_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="numbers in one overlapped exchange, at least; default: the larger of 40M and 1M x dp x cp",
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     first_stage_layers: int | None = Field(
         default=None, gt=0, description="layers on the first pipeline stage, if uneven"
@@ -37,6 +54,11 @@ class LayoutConfig(Section):
             raise ValueError("vpp > 1 needs pp > 1")
         if self.vpp > 1 and (self.first_stage_layers or self.last_stage_layers):
             raise ValueError("uneven stages cannot be combined with vpp > 1")
+        if self.overlap_param_gather == "on":
+            if not self.distributed_optimizer:
+                raise ValueError("overlap_param_gather=on needs distributed_optimizer=true: nothing is gathered else")
+            if self.overlap_grad_reduce == "off":
+                raise ValueError("overlap_param_gather=on needs overlap_grad_reduce on or auto")
         per_replica = self.tp * self.pp * self.cp
         if self.gpus_per_node is not None:
             world = self.nodes * self.gpus_per_node

@@ -43,9 +43,12 @@ class TierWeights(Section):
 
 
 class FilterConfig(Section):
-    """What is not worth learning from. Explanations only, except `truncated` and duplicates."""
+    """What is not worth learning from. Explanations only, except empty ones and duplicates."""
 
     max_length_ratio: float = Field(default=4.0, ge=1, description="longer over shorter, in characters")
+    malformed_length: float = Field(
+        default=1.0, gt=0, description="an explanation that reaches no answer is cut to this x the chosen one's length"
+    )
     min_edit_distance: float = Field(
         default=0.05, ge=0, le=1, description="Levenshtein distance over the longer length"
     )
@@ -54,7 +57,11 @@ class FilterConfig(Section):
     consistent: bool = Field(
         default=True, description="a chosen explanation may not judge the options against its answer"
     )
-    truncated: bool = Field(default=True, description="drop samples that ran into max_new_tokens")
+    truncated: bool = Field(
+        default=True,
+        description="drop explanations that max_new_tokens cut off amid their answer line; "
+        "what reached no answer is malformed and stays",
+    )
 
 
 class PairsConfig(Section):
@@ -76,9 +83,18 @@ class PairsConfig(Section):
         default=True, description="answer-only pairs: make up a wrong answer where none was sampled"
     )
     max_pairs: int = Field(default=4, gt=0, description="explained pairs per question")
+    min_explained_share: float = Field(
+        default=0.25, ge=0, le=1, description="stop when fewer of the questions have an explained pair; 0: never"
+    )
     max_answer_only_pairs: int = Field(default=1, ge=0, description="answer-only pairs per question")
     filters: FilterConfig = FilterConfig()
     parquet: bool = Field(default=False, description="write pairs.parquet beside pairs.jsonl")
+
+    @property
+    def explains(self) -> bool:
+        """Whether explained pairs are asked for."""
+        weights = self.weights.model_dump(exclude={"answer_only"})
+        return self.sampling.samples > 0 and any(weights.values())
 
     @model_validator(mode="after")
     def _exam_is_known(self) -> "PairsConfig":

@@ -18,7 +18,7 @@ from megatron_medllm.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _COPY_BYTES = 1 << 30
 _NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}  # some network file systems
 

@@ -67,7 +67,9 @@ def inspect(
         if tokenizer is None:
             said = manifest["tokenizer"]
             tokenizer = describe_tokenizer(said["name"], kind=said["kind"], pattern=said["pattern"])
-    numbers = np.unique(np.linspace(0, len(index.lengths) - 1, samples).astype(np.int64)) if len(index.lengths) else []
+    numbers: list[int] = []
+    if len(index.lengths):
+        numbers = np.unique(np.linspace(0, len(index.lengths) - 1, samples).astype(np.int64)).tolist()
     return Inspection(
         prefix=prefix,
         dtype=index.dtype.name,
@@ -78,7 +80,7 @@ def inspect(
         median=float(np.median(index.lengths)) if len(index.lengths) else 0.0,
         longest=int(index.lengths.max(initial=0)),
         checks=tuple(checks),
-        samples=tuple((int(n), _decode_document(index, tokens, int(n), tokenizer)) for n in numbers),
+        samples=tuple((n, _decode_document(index, tokens, n, tokenizer)) for n in numbers),
     )
 
 

@@ -324,7 +324,7 @@ def _has_column(schema: Any, name: str) -> bool:
 
 
 def _column(table: Any, name: str) -> tuple[list[object], bool]:
-    """A column's values, and whether it holds strings: these come as bytes, so that broken ones spoil their row only."""
+    """A column's values, and whether it holds strings: these come as bytes, for a broken one to spoil its row only."""
     import pyarrow
     import pyarrow.compute
 

@@ -9,11 +9,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
 from megatron_medllm.errors import UserError
+from megatron_medllm.storage import pointer_kind
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids uint32 [tokens], tokens per text int64 [texts]
 Encoder = Callable[[list[str]], Encoded]
@@ -84,8 +86,11 @@ def _digest(data: bytes) -> str:
 
 
 def _describe_huggingface(path: Path) -> tuple[str, int]:
+    content = path.read_bytes()
+    if kind := pointer_kind(content):
+        raise UserError(f"{path} is a {kind} pointer, not the file itself: fetch it (`{kind} pull`)")
     try:
-        spec = orjson.loads(path.read_bytes())
+        spec = orjson.loads(content)
         model, added = spec["model"], spec["added_tokens"]
         vocab = model["vocab"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -152,7 +157,7 @@ def _tokenizers_encoder(path: Path) -> Encoder:
     )
 
 
-def _load_sentencepiece(path: Path):
+def _load_sentencepiece(path: Path) -> Any:
     import sentencepiece
 
     try:
@@ -161,7 +166,7 @@ def _load_sentencepiece(path: Path):
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
 
 
-def _load_tiktoken(path: Path, pattern: str):
+def _load_tiktoken(path: Path, pattern: str) -> Any:
     try:
         import tiktoken
         import tiktoken.load

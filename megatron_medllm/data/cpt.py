@@ -8,6 +8,7 @@ attention and positions restart there, and which documents it used, so that a le
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_medllm.account import Account
 from megatron_medllm.config.train import CptConfig, DataSource
 from megatron_medllm.corpus.blend import read_blend
 from megatron_medllm.corpus.index import read_index
+from megatron_medllm.data.loss_after import LOOKED_AT, LossAfter
 from megatron_medllm.data.microbatch import IGNORED, MicroBatch
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.packed import Segment
@@ -54,9 +56,9 @@ class _TokenizerFacts:
 
 @dataclass
 class PackedDocumentsConfig(GPTDatasetConfig):
-    """Megatron-Core's configuration, and token-id sequences after which a document's loss begins."""
+    """Megatron-Core's configuration, and where a document's loss begins (None: at its start)."""
 
-    loss_after: tuple[tuple[int, ...], ...] = ()
+    loss_after: LossAfter | None = None
 
 
 class PackedDocuments(GPTDataset):
@@ -111,27 +113,17 @@ class PackedDocuments(GPTDataset):
 
         A part whose marker lies in an earlier row is left out whole: without its prompt it teaches nothing.
         """
-        if not self.config.loss_after:
+        if self.config.loss_after is None:
             return 0
-        document = self.dataset.get(span.document)
-        ends = [end for marker in self.config.loss_after if (end := _find_end(document, marker)) is not None]
-        if not ends:
+        first = self.config.loss_after.first_learned(self.dataset.get(span.document))
+        if first is None:
             return 0
-        return span.length if span.offset > 0 else min(ends) - 1
+        return span.length if span.offset > 0 else first - 1
 
 
 def passes_needed(rows: int, tokens: int, *, sequence_length: int) -> int:
     """How often `tokens` (≥ 1) must be read for `rows` rows, each of whose labels reaches one token further."""
     return max(1, -(-(rows * sequence_length + 1) // tokens))
-
-
-def _find_end(document: np.ndarray, marker: tuple[int, ...]) -> int | None:
-    """Index behind the first occurrence of `marker` in `document`."""
-    for start in np.flatnonzero(document == marker[0]):
-        end = start + len(marker)
-        if tuple(document[start:end].tolist()) == marker:
-            return int(end)
-    return None
 
 
 class CptRows:
@@ -200,8 +192,10 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
             if indexed != source.tokens:
                 raise UserError(f"{source.prefix}.idx holds {indexed} tokens, but its manifest says {source.tokens}")
             if source.tokens:
-                if not source.weight > 0:
-                    raise UserError(f"{corpus.path}: source {source.name} has the blend weight {source.weight}")
+                if not source.weight > 0:  # such as of `replay_share: 0`; upstream asserts against it
+                    left_out = f"{corpus.path}: source {source.name} has the blend weight 0 and is left out"
+                    log_single_rank(log, logging.WARNING, left_out)
+                    continue
                 contents.append([*source.digests, hashlib.blake2b(lengths.tobytes(), digest_size=32).hexdigest()])
                 names.append(source.name if counts[source.name] == 1 else f"{corpus.path.name}-{source.name}")
                 prefixes.append(str(source.prefix))
@@ -223,7 +217,7 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
 
 
 def dataset_config(
-    config: CptConfig, blend: Blend, *, seed: int, loss_after: tuple[tuple[int, ...], ...], cache_dir: Path
+    config: CptConfig, blend: Blend, *, seed: int, loss_after: LossAfter | None, cache_dir: Path
 ) -> PackedDocumentsConfig:
     """Megatron-Core's configuration of the blend.
 
@@ -243,6 +237,14 @@ def dataset_config(
         create_attention_mask=False,
         loss_after=loss_after,
     )
+
+
+def sample_documents(settings: PackedDocumentsConfig, prefix: str) -> Iterator[np.ndarray]:
+    """Token ids [n] of at most `LOOKED_AT` documents of a source, evenly spread."""
+    documents = PackedDocuments.build_low_level_dataset(prefix, settings)
+    count = PackedDocuments.numel_low_level_dataset(documents)
+    for index in np.linspace(0, count - 1, min(count, LOOKED_AT), dtype=np.int64):
+        yield documents.get(int(index))
 
 
 def training_rows(settings: PackedDocumentsConfig, count: int) -> CptRows:
@@ -291,7 +293,8 @@ def validation_rows(settings: PackedDocumentsConfig, blend: Blend) -> tuple[dict
         rows by source, and an account of the shares, with the reason where one gives no row.
     """
     bounds = settings.split_matrix[Split.valid.value]
-    found, account = {}, Account("validation shares")
+    found: dict[str, CptRows] = {}
+    account = Account("validation shares")
     if bounds is None:
         return found, account
     for name, prefix in zip(blend.names, blend.prefixes, strict=True):

@@ -26,9 +26,11 @@ class ReferenceKey:
     tokenizer: str  # digest of tokenizer.json
     dtype: str
     base: str  # how the weights are held: "dense", or the quantized format under an adapter
+    adapter: str = "none"  # digest of the adapter that training starts from; keys of old caches lack it
 
     def differences(self, stored: dict[str, str]) -> list[str]:
         """Names of the parts in which a stored key differs; all of them where it lacks them."""
+        stored = {"adapter": "none"} | stored
         return [name for name, value in asdict(self).items() if stored.get(name) != value]
 
 
@@ -62,7 +64,7 @@ class ReferenceCache:
             rows that are already there.
         """
         key_path = self.directory / KEY_NAME
-        if key_path.is_file() and read_json(key_path) != asdict(key):
+        if key_path.is_file() and key.differences(read_json(key_path)):
             for part in self.directory.glob("part-*.parquet"):
                 part.unlink()
         write_json(key_path, asdict(key))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from megatron_medllm.errors import UserError
@@ -19,3 +20,37 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory / 'tokenizer.json'}: no such file")
     return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+_ANSWER = "answer-7f3a"  # a text that no template holds
+
+
+def apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], *, directory: Path) -> str:
+    """The prompt that the chat template makes of `turns`, up to where the answer begins.
+
+    Raises:
+        UserError: the template refuses the turns.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{directory}: the chat template cannot be used ({error})") from None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, directory: Path) -> str:
+    """What ends an answer in the chat template (`<|im_end|>`); else the tokenizer's eos_token; "" without either.
+
+    A base model's tokenizer has another eos_token (`<|endoftext|>`), which ends documents, not turns.
+
+    Raises:
+        UserError: the template cannot be used, or does not show the answer.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{directory}: the chat template cannot be used ({error})") from None
+    _, found, tail = text.rpartition(_ANSWER)
+    if not found:
+        raise UserError(f"{directory}: the chat template leaves the assistant's answers out")
+    return tail.strip() or str(tokenizer.eos_token or "")

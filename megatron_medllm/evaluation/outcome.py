@@ -77,7 +77,8 @@ def mode_summary(exam: Exam, outcomes: Sequence[Outcome], *, whole_exam: Exam, c
         "malformed_rate": len(malformed) / len(outcomes),
         "malformed_reasons": dict(Counter(outcome.parsed.reason for outcome in malformed).most_common()),
         "wrong_count": sum(_wrong_count(outcome) for outcome in outcomes),
-        "truncated": sum(outcome.completion.finish_reason == "length" for outcome in outcomes),
+        # Cut off before an answer came: one that is complete is not truncated, whatever would have followed.
+        "truncated": sum(outcome.completion.finish_reason == "length" for outcome in malformed),
         "new_tokens_mean": sum(outcome.completion.new_tokens for outcome in outcomes) / len(outcomes),
     }
 

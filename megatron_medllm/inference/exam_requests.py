@@ -27,11 +27,23 @@ class ExamPrompter:
         self.prompts: PromptSet = load_prompt_set(config.template)
         self.shots: tuple[Question, ...] = ()
         if config.shots:
-            path = config.shot_file or _find_shot_file(data)
+            path = config.shot_file or find_shot_file(data)
             shots = load_shots(path)
             if len(shots) < config.shots:
                 raise UserError(f"{path}: holds {len(shots)} worked examples, prompt.shots asks for {config.shots}")
             self.shots = shots[: config.shots]
+
+    def prompt(self, question: Question, mode: Mode, *, with_shots: bool = True) -> str | list[dict[str, str]]:
+        """What the model is asked: a text, or messages for its chat template."""
+        render = render_messages if self._config.chat else render_text
+        return render(
+            self.prompts,
+            question,
+            mode,
+            shots=self.shots if with_shots else (),
+            explain_shots=self._config.explain_shots,
+            reveal_count=self._config.reveal_count,
+        )
 
     def request(
         self,
@@ -45,25 +57,27 @@ class ExamPrompter:
         """The request for one answer; `sample` numbers repeated answers, each with its own seed."""
         temperature = decoding.temperature if temperature is None else temperature
         request_id = f"{question.problem_id}/{mode}/{temperature:g}/{sample}"
-        options = {
-            "shots": self.shots,
-            "explain_shots": self._config.explain_shots,
-            "reveal_count": self._config.reveal_count,
-        }
-        chat = self._config.chat
+        asked = self.prompt(question, mode)
         return Request(
             request_id=request_id,
-            prompt="" if chat else render_text(self.prompts, question, mode, **options),
-            messages=tuple(render_messages(self.prompts, question, mode, **options)) if chat else (),
+            prompt=asked if isinstance(asked, str) else "",
+            messages=() if isinstance(asked, str) else tuple(asked),
             max_new_tokens=getattr(decoding.max_new_tokens, mode),
             temperature=temperature,
             top_p=decoding.top_p,
             seed=request_seed(decoding.seed, request_id),
             stop=decoding.stop,
+            # A chat model ends its turn itself, and may lead up to a short answer with a line of its own.
+            ends_as=None if self._config.chat and mode == "answer_only" else mode,
         )
 
 
-def _find_shot_file(data: Sequence[Path]) -> Path:
+def find_shot_file(data: Sequence[Path]) -> Path:
+    """The worked examples that lie beside an exam's questions, or one folder up.
+
+    Raises:
+        UserError: there are none.
+    """
     for place in data:
         for directory in (place, *place.parents[:1]):
             for name in SHOT_FILES:

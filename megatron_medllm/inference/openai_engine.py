@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.inference.protocol import Completion, FinishReason, Request, cut_at_stop
+from megatron_medllm.inference.protocol import Completion, FinishReason, Request, engine_stop, finish, is_blank_line
 
 _RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_PAUSE_S = 30.0
@@ -49,6 +49,12 @@ class OpenAIEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, request: Request) -> Completion:
+        completion = self._complete(request, engine_stop(request))
+        if completion.finish_reason != "length" and is_blank_line(request, completion.text):
+            completion = self._complete(request, request.stop)
+        return completion
+
+    def _complete(self, request: Request, stop: tuple[str, ...]) -> Completion:
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": request.max_new_tokens,
@@ -56,13 +62,13 @@ class OpenAIEngine:
             "top_p": request.top_p,
             "seed": request.seed,
         }
-        if request.stop:
-            body["stop"] = list(request.stop)
+        if stop:
+            body["stop"] = list(stop)
         if request.messages:
             answer = self._post("/chat/completions", body | {"messages": list(request.messages)}, request.request_id)
         else:
             answer = self._post("/completions", body | {"prompt": request.prompt}, request.request_id)
-        return _completion(answer, request, self._url)
+        return _completion(answer, request, stop, self._url)
 
     def _post(self, path: str, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -85,13 +91,14 @@ class OpenAIEngine:
         raise UserError(f"{self._url}{path}: {request_id} failed ({problem})")
 
 
-def _completion(answer: dict[str, Any], request: Request, url: str) -> Completion:
+def _completion(answer: dict[str, Any], request: Request, stop: tuple[str, ...], url: str) -> Completion:
     try:
         choice = answer["choices"][0]
         text = choice["message"]["content"] if request.messages else choice["text"]
         usage = answer.get("usage") or {}
-        cut, stopped = cut_at_stop(text or "", request.stop)
-        reason: FinishReason = "length" if choice.get("finish_reason") == "length" else "stop" if stopped else "eos"
+        # The interface says "stop" for a stop text and for end-of-text alike.
+        reason: FinishReason = "length" if choice.get("finish_reason") == "length" else "eos"
+        cut, reason = finish(text or "", request, reason)
         return Completion(
             request.request_id, cut, reason, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
         )

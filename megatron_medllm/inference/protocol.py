@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+from megatron_medllm.exams.ending import answer_end
+from megatron_medllm.exams.prompts import Mode
+
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -13,6 +16,8 @@ class Request:
     """One text to continue. `prompt` is plain text; `messages`, when given, go through the model's chat template.
 
     A request with a temperature draws from its own `seed`: its answer does not depend on what else is in the batch.
+    `ends_as` says which kind of exam answer is awaited: the text ends where such an answer is complete, for a base
+    model does not stop there by itself. None: the text ends at `stop`, end-of-text or `max_new_tokens` alone.
     """
 
     request_id: str
@@ -23,6 +28,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    ends_as: Mode | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -31,7 +37,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model wrote, without end-of-text and without the stop text; lengths in tokens."""
+    """What the model wrote, without end-of-text and without the stop text; lengths in tokens.
+
+    `finish_reason` is "stop" where a stop text or a complete answer ended it; "length" means that neither came within
+    `max_new_tokens`. `new_tokens` counts all that was generated, also what was cut off.
+    """
 
     request_id: str
     text: str
@@ -55,6 +65,39 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+# Engines that know stop texts alone end a short answer with its line.
+_LINE_END = "\n"
+# What the OpenAI interface takes.
+MOST_STOP_TEXTS = 4
+
+
+def engine_stop(request: Request) -> tuple[str, ...]:
+    """The stop texts for an engine that knows no other way to end a text early.
+
+    An explanation's end cannot be said in stop texts: such an engine runs on, and `finish` cuts.
+    """
+    if request.ends_as == "answer_only" and _LINE_END not in request.stop and len(request.stop) < MOST_STOP_TEXTS:
+        return (*request.stop, _LINE_END)
+    return request.stop
+
+
+def is_blank_line(request: Request, text: str) -> bool:
+    """Whether `engine_stop` ended the text before the answer: the model began with an empty line, or with `答え:`.
+
+    The engine is then asked again with the request's own stop texts.
+    """
+    return engine_stop(request) != request.stop and answer_end(text + _LINE_END, "answer_only") is None
+
+
+def finish(text: str, request: Request, reason: FinishReason) -> tuple[str, FinishReason]:
+    """End `text` at the first stop text and where the answer is complete; `reason` says why the engine ended it."""
+    cut, stopped = cut_at_stop(text, request.stop)
+    end = answer_end(cut, request.ends_as) if request.ends_as is not None else None
+    if end is not None:
+        return cut[:end], "stop"
+    return cut, "stop" if stopped else reason
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ Requests are sorted by length and decoded in left-padded batches with a KV cache
 (samples) is read once; rows that have finished leave the batch.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_medllm.config.exam import EngineConfig
-from megatron_medllm.data.tokenizer import load_tokenizer
+from megatron_medllm.data.tokenizer import apply_template, end_of_turn, load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import check_model_dir
-from megatron_medllm.inference.protocol import Completion, FinishReason, Request, cut_at_stop
+from megatron_medllm.inference.protocol import Completion, FinishReason, Request, finish
 
 _STOP_CHECK_STEPS = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -29,15 +30,20 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig, model_dir: Path) -> None:
         check_model_dir(model_dir)
         transformers.utils.logging.disable_progress_bar()
-        self._config = config
+        self._config, self._directory = config, model_dir
         device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = load_tokenizer(model_dir)
-            self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype]).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype])
+            self._model = model.to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
         self._device = torch.device(device)
         self._eos = self._eos_ids()
+        self._line_ends: dict[int, bool] = {}
+        # transformers renamed it in 5.24 and warns of the old name.
+        parameters = inspect.signature(self._model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._context = getattr(self._model.config, "max_position_embeddings", None)
 
     def describe(self) -> dict[str, Any]:
@@ -77,10 +83,9 @@ class TransformersEngine:
         chat = [request for request in requests if request.messages]
         if chat and not self.tokenizer.chat_template:
             raise UserError("prompt.chat is set, but the model's tokenizer has no chat template; set prompt.chat=false")
-        templated = [
-            self.tokenizer.apply_chat_template(list(r.messages), tokenize=False, add_generation_prompt=True)
-            for r in chat
-        ]
+        if chat:
+            self._end_turns()
+        templated = [apply_template(self.tokenizer, list(r.messages), directory=self._directory) for r in chat]
         plain = [request.prompt for request in requests if not request.messages]
         chat_ids = iter(self.tokenizer(templated, add_special_tokens=False)["input_ids"] if templated else [])
         plain_ids = iter(self.tokenizer(plain)["input_ids"] if plain else [])
@@ -104,6 +109,13 @@ class TransformersEngine:
         ):
             found |= set(value) if isinstance(value, list | tuple) else ({value} if value is not None else set())
         return sorted(found)
+
+    def _end_turns(self) -> None:
+        """Stop at the template's end of turn too: a base model's configuration names the end of documents alone."""
+        end = end_of_turn(self.tokenizer, directory=self._directory)
+        ids = self.tokenizer.encode(end, add_special_tokens=False)
+        if len(ids) == 1:
+            self._eos = sorted({*self._eos, *ids})
 
     def _batches(self, encoded: list[tuple[Request, list[int]]]) -> Iterator[list[tuple[Request, list[int]]]]:
         batch: list[tuple[Request, list[int]]] = []
@@ -151,9 +163,9 @@ class TransformersEngine:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         return output.logits[:, -1].float()
 
@@ -192,18 +204,26 @@ class TransformersEngine:
     def _finished(
         self, item: tuple[Request, list[int]], tokens: list[int], *, ended: bool, last: bool
     ) -> Completion | None:
-        """The completion if the row is done, else None. Stop texts are looked for every few tokens only."""
+        """The completion if the row is done, else None.
+
+        Answers end with a line, so they are looked at when one was written; stop texts, every few tokens only.
+        """
         request, prompt = item
+        line_due = request.ends_as is not None and self._ends_line(tokens[-1])
         stop_due = bool(request.stop) and len(tokens) % _STOP_CHECK_STEPS == 0
-        if not (ended or last or stop_due):
+        if not (ended or last or line_due or stop_due):
             return None
-        text, stopped = cut_at_stop(
-            self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), request.stop
-        )
-        if not (ended or last or stopped):
+        text = str(self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True))
+        reason: FinishReason
+        text, reason = finish(text, request, "eos" if ended else "length")
+        if not (ended or last or reason == "stop"):
             return None
-        reason: FinishReason = "stop" if stopped else "eos" if ended else "length"
         return Completion(request.request_id, text, reason, len(prompt), len(tokens))
+
+    def _ends_line(self, token: int) -> bool:
+        if token not in self._line_ends:
+            self._line_ends[token] = "\n" in self.tokenizer.decode([token])
+        return self._line_ends[token]
 
 
 def _uniform_draws(requests: list[Request], steps: int) -> np.ndarray:

@@ -5,13 +5,14 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import check_model_dir
-from megatron_medllm.inference.protocol import Completion, Request
+from megatron_medllm.inference.protocol import Completion, Request, engine_stop, finish, is_blank_line
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 _SHUTDOWN_S = 60
@@ -37,6 +38,8 @@ class VllmEngine:
             )
         except OSError as error:
             raise UserError(f"engine.python={config.python}: cannot be started ({error.strerror})") from None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         setup = {
             "model": str(model_dir),
             "dtype": config.dtype,
@@ -59,19 +62,32 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See `Engine.generate`."""
         self._idle = False
+        by_id = {request.request_id: request for request in requests}
+        again: list[Request] = []
+        for completion in self._ask([(request, engine_stop(request)) for request in requests]):
+            request = by_id[completion.request_id]
+            if completion.finish_reason == "stop" and is_blank_line(request, completion.text):
+                again.append(request)
+            else:
+                yield _finished(completion, request)
+        for completion in self._ask([(request, request.stop) for request in again]) if again else ():
+            yield _finished(completion, by_id[completion.request_id])
+        self._idle = True
+
+    def _ask(self, asked: list[tuple[Request, tuple[str, ...]]]) -> Iterator[Completion]:
+        """Send requests with the stop texts that the worker is to use; its completions as they come."""
         # A thread writes: the worker may answer before it has read everything, and both pipes are finite.
-        rows = [request.to_dict() for request in requests]
+        rows = [request.to_dict() | {"stop": stop} for request, stop in asked]
         writer = threading.Thread(target=self._send, args=(*rows, None), daemon=True)
         writer.start()
-        for _ in requests:
+        for _ in asked:
             yield Completion(**self._read())
         writer.join()
-        self._idle = True
 
     def close(self) -> None:
         """See `Engine.close`."""
         if self._idle:
-            self._process.stdin.close()  # the worker ends with its input
+            self._stdin.close()  # the worker ends with its input
         else:
             self._process.terminate()
         try:
@@ -85,13 +101,13 @@ class VllmEngine:
         """Write one line a row; None is an empty line."""
         try:
             for row in rows:
-                self._process.stdin.write("\n" if row is None else json.dumps(row) + "\n")
-            self._process.stdin.flush()
+                self._stdin.write("\n" if row is None else json.dumps(row) + "\n")
+            self._stdin.flush()
         except OSError:  # the worker is gone: the reading side says why
             return
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             code = self._process.wait()
             raise UserError(f"the vLLM worker ended with status {code}: {self._last_words()}")
@@ -101,3 +117,9 @@ class VllmEngine:
         self._errors.flush()
         lines = Path(self._errors.name).read_text(errors="replace").strip().splitlines()
         return " | ".join(lines[-_TAIL_LINES:]) or "it printed nothing"
+
+
+def _finished(completion: Completion, request: Request) -> Completion:
+    # vLLM has taken the stop texts off already.
+    text, reason = finish(completion.text, replace(request, stop=()), completion.finish_reason)
+    return replace(completion, text=text, finish_reason=reason)

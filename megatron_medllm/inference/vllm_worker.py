@@ -8,6 +8,7 @@ completion a line; everything that vLLM itself prints goes to standard error.
 import json
 import os
 import sys
+from typing import Any
 
 _CHUNK = 512  # answers come back, and are kept, after each so many
 
@@ -35,7 +36,7 @@ def main() -> None:
         requests = []
 
 
-def answer(vllm, model, requests):
+def answer(vllm: Any, model: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Complete one chunk; prompts and chat messages are asked apart."""
     replies = []
     for chat in (False, True):

@@ -66,7 +66,7 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_std,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        cuda_graph_scope=[],  # the default is a spelling that Megatron-Core itself warns of
         perform_initialization=False,  # weights are read, or drawn by `initialize_weights`
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -82,11 +82,12 @@ def transformer_config(
         # Interleaved stages with the default pair of these two corrupt the loss without an error.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        # Upstream waits for the whole device after every exchange, against a race in torch before 2.0.
+        batch_p2p_sync=False,
         # Interleaved stages overlap their sends; freeing an output still being sent corrupts gradients silently.
         deallocate_pipeline_outputs=layout.vpp == 1,
         calculate_per_token_loss=True,
-        # On CUDA compiled by torch, with or without TE: reads gate and up once, and keeps nothing but them.
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=compiles_swiglu(model, cuda=torch.cuda.is_available()),
         bias_dropout_fusion=te,
         apply_rope_fusion=te,
         masked_softmax_fusion=False,
@@ -95,6 +96,14 @@ def transformer_config(
         **_recompute(layout),
         **_te_fp8(model, fp8),
     )
+
+
+def compiles_swiglu(model: ModelConfig, *, cuda: bool) -> bool:
+    """Whether torch compiles the activation, with or without TE: it reads gate and up once, and keeps nothing but them.
+
+    On a CPU `auto` does not: it needs a C++ compiler there, and seconds at every start.
+    """
+    return model.swiglu == "compiled" or (model.swiglu == "auto" and cuda)
 
 
 def _need_transformer_engine() -> None:

@@ -24,6 +24,7 @@ from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
 from megatron_medllm.models.layer_spec import block_spec
+from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
 
@@ -97,6 +98,7 @@ class Qwen25Model(GPTModel):
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
+        await_parameters(self.output_layer)  # whose forward pass this replaces
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return fused_linear_logprob(
             hidden[:, 0],

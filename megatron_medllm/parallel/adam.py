@@ -58,12 +58,16 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
-def install() -> None:
-    """Make it Megatron-Core's Adam, unless Transformer Engine or apex is there on a CUDA machine."""
+def install(device_type: str) -> None:
+    """Make it Megatron-Core's Adam, unless Transformer Engine or apex is there for a CUDA device.
+
+    Args:
+        device_type: "cuda" or "cpu"; their optimizers are CUDA kernels.
+    """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
 
-    if torch.cuda.is_available() and not optimizer.USING_PYTORCH_OPTIMIZER:
+    if device_type == "cuda" and not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distributed_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -141,7 +141,7 @@ def install() -> None:
         if name.startswith("megatron.core") and not name.startswith(_UNTOUCHED) and vars(module).get("torch") is torch:
             module.torch = proxy
     _redirect_random_states()
-    adam.install()
+    adam.install("cpu")
     _redirect_tensor_methods()
     _mend_recompute_without_te()
     _installed = True

@@ -1,11 +1,7 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
 import math
-import pickle
-import queue
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +16,9 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
     load_sharded_metadata,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
@@ -38,22 +28,27 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.bucket_padding import mend_saved_state
+from megatron_medllm.parallel.overlap import gather_parameters, overlaps
+from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
 
 
 def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutConfig) -> list[nn.Module]:
-    """Megatron's data parallelism around each chunk: fp32 gradient buffers, overlapped where it pays."""
+    """Megatron's data parallelism around each chunk: fp32 gradient buffers, overlapped as the layout says."""
+    overlapped = overlaps(layout, next(chunks[0].parameters()).device.type)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
-        overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+        overlap_grad_reduce=overlapped.grad_reduce,
+        overlap_param_gather=overlapped.param_gather,
+        align_param_gather=overlapped.param_gather and layout.vpp > 1,  # the schedule starts those gathers
+        bucket_size=layout.bucket_size,
         use_distributed_optimizer=layout.distributed_optimizer,
         check_for_nan_in_grad=False,  # the loop skips such a step; upstream's check would end the process
     )
@@ -82,9 +77,8 @@ def build_optimizer(
     Raises:
         UserError: bf16 moments where there is no Transformer Engine to keep them.
     """
-    moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
-    if moments is torch.bfloat16 and not (HAVE_TE and torch.cuda.is_available()):
-        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    ddp_config: DistributedDataParallelConfig = vars(chunks[0])["ddp_config"]
+    moments = moments_dtype(optimizer, fused=HAVE_TE and torch.cuda.is_available())
     built = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",
@@ -98,13 +92,15 @@ def build_optimizer(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
             use_precision_aware_optimizer=moments is not torch.float32,
             exp_avg_dtype=moments,
             exp_avg_sq_dtype=moments,
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
+    mend_saved_state(built)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
@@ -112,11 +108,24 @@ def build_optimizer(
     hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
     no_sync, grad_sync, param_sync = zip(*hooks, strict=True)
     config.no_sync_func = list(no_sync) if len(chunks) > 1 else no_sync[0]
-    if torch.cuda.is_available():
+    if ddp_config.overlap_grad_reduce:
         config.grad_sync_func = list(grad_sync) if len(chunks) > 1 else grad_sync[0]
-        if layout.distributed_optimizer:
-            config.param_sync_func = list(param_sync) if len(chunks) > 1 else param_sync[0]
+    if ddp_config.align_param_gather:  # interleaved stages; elsewhere the forward pre-hooks start every gather
+        config.param_sync_func = list(param_sync)
     return built
+
+
+def moments_dtype(optimizer: OptimizerConfig, *, fused: bool) -> torch.dtype:
+    """The type of Adam's moments; `fused`: Transformer Engine's Adam is there, a CUDA kernel that casts them.
+
+    Raises:
+        UserError: bf16 moments without it.
+    """
+    if optimizer.moments_dtype == "float32":
+        return torch.float32
+    if not fused:
+        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
+    return torch.bfloat16
 
 
 def run_micro_batches(
@@ -154,14 +163,23 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
 def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What a checkpoint holds, as Megatron-Core's sharded tensors: any layout can read what any layout wrote.
 
-    Of a partly frozen model (adapters) it holds what trains: the base is read from its own directory again.
+    Of a partly frozen model (adapters) it holds what trains: the base is read from its own directory again. Collective.
     """
+    gather_parameters(chunks)  # what is saved must be current; what is loaded must not be gathered over
     metadata = {"dp_cp_group": _data_parallel_group(), "distrib_optim_sharding_type": "fully_reshardable"}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {name: _chunk_state(chunk, metadata) for name, chunk in zip(names, chunks, strict=True)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        if is_loading:
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+        else:
+            state["optimizer"] = optimizer_state(optimizer, state, metadata)
     return state
+
+
+def local_state(state: dict[str, Any]) -> LocalState:
+    """What this process writes of a sharded state: data-parallel ranks divide it evenly. Collective."""
+    return divide_state(state, _data_parallel_group())
 
 
 def _chunk_state(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -186,82 +204,7 @@ def _is_partly_frozen(chunk: nn.Module) -> bool:
 def stored_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this process will write; replicas count once over all processes."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
-    return sum(entry.data.nbytes for entry in tensors if _is_main_replica(entry.replica_id))
-
-
-def _is_main_replica(replica_id: int | tuple[int, ...]) -> bool:
-    return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
-
-
-class SaveError(Exception):
-    """The tensors of a checkpoint could not be written."""
-
-
-class _ResultsFile:
-    """What the writing process hands back, in an unnamed file: a pipe would block where nobody reads it yet."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the writer)
-
-    def put(self, result: Any) -> None:
-        pickle.dump(result, self._file)
-        self._file.flush()
-
-    def get_nowait(self) -> Any:
-        if self.empty():
-            raise queue.Empty
-        self._file.seek(0)
-        result = pickle.load(self._file)
-        self._file.seek(0)
-        self._file.truncate()
-        return result
-
-    def empty(self) -> bool:
-        return self._file.seek(0, 2) == 0
-
-
-class StateWriter:
-    """Writes sharded states, each data-parallel rank its part, in child processes that hold a copy of the tensors."""
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
-
-    def start(self, state: dict[str, Any], directory: Path, *, wait: bool) -> None:
-        """Write a state into an existing empty directory; without `wait` until `finished` says so. Collective.
-
-        Raises:
-            SaveError: on every process, if one could not write.
-        """
-        # Upstream starts a manager process for this queue, slowly, and it outlives a trainer that is killed.
-        filesystem_async._results_queue = _ResultsFile()
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
-        with _save_errors():
-            request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=True)
-            if wait:
-                request.execute_sync()
-            else:
-                self._queue.schedule_async_request(request)
-
-    def finished(self, *, block: bool) -> bool:
-        """Whether everything that was started is written on all processes. Collective.
-
-        Raises:
-            SaveError: on every process, if one could not write.
-        """
-        with _save_errors():
-            self._queue.maybe_finalize_async_calls(blocking=block)
-        return self._queue.get_num_unfinalized_calls() == 0
-
-
-@contextmanager
-def _save_errors() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:  # the causes are known on the process that coordinates
-        causes = [str(cause) for cause, _ in error.failures.values()] or ["another process could not write"]
-        raise SaveError("; ".join(dict.fromkeys(causes))) from error
-    except OSError as error:
-        raise SaveError(str(error)) from error
+    return sum(entry.data.nbytes for entry in tensors if is_written_here(entry))
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def _duration_lines(found: Plan) -> list[str]:
     lines = [
         f"Checkpoint: {saved.total_bytes / GIB:,.1f} GiB in about {saved.save_time_s:,.0f} s; Hugging Face export "
         f"{saved.hf_export_bytes / GIB:,.1f} GiB",
+        f"Host memory that a save adds: {saved.background_host_bytes / GIB:,.2f} GiB a process in the background "
+        f"(async_save), {saved.host_bytes / GIB:,.2f} GiB otherwise",
         f"Failures: one in {failures.mtbf_s / 3600:,.0f} h; save every {failures.daly_interval_s / 60:,.0f} min; "
         f"{100 * failures.efficiency:.1f} % of the wall clock trains",
     ]
@@ -78,6 +80,8 @@ def plan_values(found: Plan) -> dict[str, Any]:
         "mfu_causal": found.mfu(),
         "mfu_full_attention": found.mfu(causal=False),
         "checkpoint_bytes": found.checkpoint.total_bytes,
+        "save_host_bytes": found.checkpoint.host_bytes,
+        "background_save_host_bytes": found.checkpoint.background_host_bytes,
         "checkpoint_save_time_s": found.checkpoint.save_time_s,
         "daly_interval_s": found.reliability.daly_interval_s,
         "training_time_s": found.training_time_s,

@@ -14,7 +14,8 @@ class Candidate:
     """A response with its tier.
 
     `provenance` says who wrote it: the data, or a model (by digest and engine) with its seed and temperature; `prompt`
-    is what a model was asked, worked examples included.
+    is what a model was asked, worked examples included. `truncated`: its text has no end of its own; generation was cut
+    off at `max_new_tokens`, or the text was cut here.
     """
 
     problem_id: str

@@ -20,12 +20,13 @@ _ANSWER_LINE = re.compile(r"\n?答え\s*[:：][^\n]*\s*$")
 
 def candidate_reason(candidate: Candidate, question: Question, config: FilterConfig, *, chosen: bool) -> str | None:
     """Why `candidate` cannot be the chosen (or the rejected) side of a pair."""
-    if config.truncated and candidate.truncated:
-        return "truncated"
     if not candidate.text.strip():
         return "empty"
     if candidate.mode == "answer_only":
         return None
+    # What was cut off before it reached an answer is malformed: the very thing to reject.
+    if config.truncated and candidate.truncated and candidate.tier != "malformed":
+        return "truncated"
     if chosen and candidate.tier == "gold" and len(question.explanation.strip()) < config.min_gold_chars:
         return "gold explanation too short"
     if candidate.tier != "malformed" and japanese_share(candidate.text) < config.min_japanese:
@@ -41,8 +42,9 @@ def pair_reason(chosen: Candidate, rejected: Candidate, config: FilterConfig) ->
         return "identical"
     if chosen.mode == "answer_only":
         return None
+    # Only between answers that arrive is length a thing to learn by mistake.
     short, long = sorted((len(chosen.text), len(rejected.text)))
-    if long > config.max_length_ratio * short:
+    if rejected.tier != "malformed" and long > config.max_length_ratio * short:
         return "length ratio"
     if Levenshtein.normalized_distance(chosen.text, rejected.text) < config.min_edit_distance:
         return "nearly identical"

@@ -1,10 +1,7 @@
 """`medllm pairs`: preference pairs by the hierarchy gold > sampled right > sampled wrong > malformed."""
 
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +12,19 @@ from megatron_medllm.account import Account
 from megatron_medllm.config.pairs import PairsConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams.loading import load_exam
-from megatron_medllm.exams.prompts import render_messages, render_text
 from megatron_medllm.exams.question import Question
 from megatron_medllm.inference.exam_requests import ExamPrompter
-from megatron_medllm.preference.candidate import Candidate, Tier
+from megatron_medllm.preference.candidate import Candidate
 from megatron_medllm.preference.contamination import contaminated
-from megatron_medllm.preference.filters import candidate_reason, pair_reason
-from megatron_medllm.preference.gold import gold_candidate, synthetic_wrong, with_letters
+from megatron_medllm.preference.gold import gold_candidate, with_letters
+from megatron_medllm.preference.pairing import NO_EXPLANATION, SURPLUS, Drop, pair_up
 from megatron_medllm.preference.report import pairs_report, write_pairs_page
 from megatron_medllm.preference.sampling import sample
 from megatron_medllm.storage import atomic_write, digest_file, write_json, write_jsonl
 
 SAMPLE_LOG = "sample_answers.jsonl"
-_CONTENDERS: tuple[tuple[Tier, Tier], ...] = (
-    ("gold", "wrong"),
-    ("right", "wrong"),
-    ("gold", "right"),
-    ("gold", "malformed"),
-    ("right", "malformed"),
-    ("wrong", "malformed"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A candidate or a pair that was not used, and why."""
-
-    problem_id: str
-    mode: str
-    tier: str
-    reason: str
+# A tier of so many responses cannot be lost whole by chance.
+_WHOLE_TIER = 20
 
 
 def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[str, Any]:
@@ -56,21 +36,22 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
         The contents of manifest.json.
 
     Raises:
-        UserError: bad questions, contamination by the evaluation exam, a model that cannot be used, or no pair left.
+        UserError: bad questions, contamination by the evaluation exam, a model that cannot be used, a tier that the
+            filters took whole, or fewer explained pairs than `config.min_explained_share` asks for.
     """
     questions, contamination = training_questions(config)
     prompter = ExamPrompter(config.prompt, config.questions.data)
     samples, origin = sample(config, questions, model_dir, prompter=prompter, log=output_dir / SAMPLE_LOG)
     rows, drops = pair_up(config, questions, samples, prompter)
-    if not rows:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in _reasons(drops).items())
-        raise UserError(f"no pair is left of {len(questions)} questions and {len(samples)} samples ({reasons})")
-    write_jsonl(output_dir / "pairs.jsonl", rows)
     write_jsonl(output_dir / "samples.jsonl", [candidate.to_row() for candidate in samples])
     write_jsonl(
         output_dir / "dropped.jsonl",
         [{"problem_id": d.problem_id, "mode": d.mode, "tier": d.tier, "reason": d.reason} for d in drops],
     )
+    gold = sum(gold_candidate(question, "explained", prompter.prompts) is not None for question in questions)
+    account = pairs_account(samples, rows, drops, gold=gold)
+    require_pairs(config, account, rows, drops, questions=len(questions), samples=len(samples))
+    write_jsonl(output_dir / "pairs.jsonl", rows)
     if config.parquet:
         with atomic_write(output_dir / "pairs.parquet") as stream:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
@@ -81,7 +62,9 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
         "by_tier": dict(Counter(f"{row['mode']} {row['tier']}" for row in rows).most_common()),
         "samples_by_tier": dict(Counter(f"{c.mode} {c.tier}" for c in samples).most_common()),
         "characters": {key: _length_summary([len(row[key]) for row in rows]) for key in ("chosen", "rejected")},
+        "explained_questions": _explained_questions(rows),
         "drop_reasons": _reasons(drops),
+        "account": account.to_json(),
         "contamination": contamination,
         **origin,
         "model": str(model_dir),
@@ -138,167 +121,58 @@ def _same_paper(config: PairsConfig) -> bool:
     return config.exam is not None and config.exam.name == config.questions.name
 
 
-def pair_up(
-    config: PairsConfig, questions: Sequence[Question], samples: Sequence[Candidate], prompter: ExamPrompter
-) -> tuple[list[dict[str, Any]], list[Drop]]:
-    """Pairs and drops, in question order; the same for the same samples and seed."""
-    by_question: dict[str, list[Candidate]] = {}
-    for candidate in samples:
-        by_question.setdefault(candidate.problem_id, []).append(candidate)
-    rows: list[dict[str, Any]] = []
-    drops: list[Drop] = []
-    for question in questions:
-        written = by_question.get(question.problem_id, [])
-        rng = random.Random(f"{config.sampling.seed}:{question.problem_id}")
-        for found in (
-            _explained(config, question, written, prompter, rng, drops),
-            _short(config, question, written, prompter, drops),
-        ):
-            rows += [_row(config, question, chosen, rejected, weight, prompter) for chosen, rejected, weight in found]
-    return rows, drops
+def pairs_account(
+    samples: Sequence[Candidate], rows: Sequence[dict[str, Any]], drops: Sequence[Drop], *, gold: int
+) -> Account:
+    """What the filters left of every tier: of its responses (`explained malformed`) and of its pairs
+    (`explained gold>malformed`). `gold`: how many questions explain something.
+    """
+    account = Account("responses and pairs")
+    came = Counter(f"{candidate.mode} {candidate.tier}" for candidate in samples)
+    came["explained gold"] += gold
+    lost = Counter(f"{drop.mode} {drop.tier}" for drop in drops)
+    missing = sum(drop.tier == "gold" and drop.reason == NO_EXPLANATION for drop in drops)
+    for subject, count in came.items():
+        unfit = lost[subject] - (missing if subject == "explained gold" else 0)
+        account.keep(subject, count - unfit)
+    for row in rows:
+        account.keep(f"{row['mode']} {row['tier']}")
+    for drop in drops:
+        if drop.reason != SURPLUS:
+            account.lose(f"{drop.mode} {drop.tier}", drop.reason, drop.problem_id)
+    return account
 
 
-def _explained(
+def require_pairs(
     config: PairsConfig,
-    question: Question,
-    written: Sequence[Candidate],
-    prompter: ExamPrompter,
-    rng: random.Random,
-    drops: list[Drop],
-) -> list[tuple[Candidate, Candidate, float]]:
-    candidates = [candidate for candidate in written if candidate.mode == "explained"]
-    gold = gold_candidate(question, "explained", prompter.prompts)
-    if gold is not None:
-        candidates.append(gold)
-    usable = {
-        chosen: _usable(
-            config, question, _without_duplicates(candidates, drops if chosen else None), drops, chosen=chosen
+    account: Account,
+    rows: Sequence[dict[str, Any]],
+    drops: Sequence[Drop],
+    *,
+    questions: int,
+    samples: int,
+) -> None:
+    """Stop where the filters took what the pairs are for, and say what they left."""
+    if not rows:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in _reasons(drops).items())
+        raise UserError(f"no pair is left of {questions} questions and {samples} samples ({reasons})")
+    if not config.explains:
+        return
+    explained = _explained_questions(rows)
+    if explained < config.min_explained_share * questions:
+        left = "; ".join(line for line in account.lines() if line.startswith("explained"))
+        raise UserError(
+            f"only {explained} of {questions} questions have an explained pair, fewer than "
+            f"pairs.min_explained_share={config.min_explained_share:g} of them ({left}); "
+            "see dropped.jsonl, loosen pairs.filters, ask for more samples, or lower the share"
         )
-        for chosen in (True, False)
-    }
-    pairs: list[tuple[Candidate, Candidate, float]] = []
-    for winner, loser in _CONTENDERS:
-        weight = getattr(config.weights, f"{winner}_over_{loser}")
-        if weight == 0:
-            continue
-        contest = list(
-            product(
-                [c for c in usable[True] if c.tier == winner],
-                [c for c in usable[False] if c.tier == loser],
-            )
-        )
-        rng.shuffle(contest)
-        pairs += [(chosen, rejected, weight) for chosen, rejected in contest]
-    pairs.sort(key=lambda pair: -pair[2])  # stable: the hierarchy's order among equal weights
-    kept = list(_passing(config, pairs, drops))
-    spread = _spread(kept)
-    drops += [
-        Drop(question.problem_id, "explained", _tier(pair), "more than max_pairs")
-        for pair in spread[config.max_pairs :]
-    ]
-    return spread[: config.max_pairs]
+    for subject, tally in account.subjects.items():
+        if tally.total_lost >= _WHOLE_TIER and subject.startswith("explained") and ">" not in subject:
+            account.require("loosen pairs.filters, or give the tier no weight in pairs.weights", subject=subject)
 
 
-def _short(
-    config: PairsConfig,
-    question: Question,
-    written: Sequence[Candidate],
-    prompter: ExamPrompter,
-    drops: list[Drop],
-) -> list[tuple[Candidate, Candidate, float]]:
-    """Right short answer over wrong ones, sampled if there are any."""
-    if not config.weights.answer_only or not config.max_answer_only_pairs:
-        return []
-    gold = gold_candidate(question, "answer_only", prompter.prompts)
-    wrong = [c for c in written if c.mode == "answer_only" and c.tier in ("wrong", "malformed")]
-    wrong.sort(key=lambda candidate: candidate.tier == "malformed")
-    rejected = _usable(config, question, _without_duplicates(wrong, drops), drops, chosen=False)
-    made_up = synthetic_wrong(question, prompter.prompts) if config.synthetic_wrong and not rejected else None
-    if made_up is not None:
-        rejected.append(made_up)
-    pairs = [(gold, loser, config.weights.answer_only) for loser in rejected if gold is not None]
-    return list(_passing(config, pairs, drops))[: config.max_answer_only_pairs]
-
-
-def _usable(
-    config: PairsConfig, question: Question, candidates: Sequence[Candidate], drops: list[Drop], *, chosen: bool
-) -> list[Candidate]:
-    kept = []
-    for candidate in candidates:
-        reason = candidate_reason(candidate, question, config.filters, chosen=chosen)
-        if reason is None:
-            kept.append(candidate)
-        elif chosen == (candidate.tier in ("gold", "right")):  # name each once, in the part it is meant for
-            drops.append(Drop(candidate.problem_id, candidate.mode, candidate.tier, reason))
-    return kept
-
-
-def _without_duplicates(candidates: Sequence[Candidate], drops: list[Drop] | None) -> list[Candidate]:
-    seen: set[str] = set()
-    kept = []
-    for candidate in candidates:
-        text = candidate.text.strip()
-        if text in seen:
-            if drops is not None:
-                drops.append(Drop(candidate.problem_id, candidate.mode, candidate.tier, "duplicate"))
-            continue
-        seen.add(text)
-        kept.append(candidate)
-    return kept
-
-
-def _passing(
-    config: PairsConfig, pairs: Sequence[tuple[Candidate, Candidate, float]], drops: list[Drop]
-) -> Iterator[tuple[Candidate, Candidate, float]]:
-    for chosen, rejected, weight in pairs:
-        reason = pair_reason(chosen, rejected, config.filters)
-        if reason is None:
-            yield chosen, rejected, weight
-        else:
-            drops.append(Drop(chosen.problem_id, chosen.mode, _tier((chosen, rejected, weight)), reason))
-
-
-def _spread(pairs: list[tuple[Candidate, Candidate, float]]) -> list[tuple[Candidate, Candidate, float]]:
-    """Heaviest first, but each rejected text once before any comes twice, so that few pairs show many mistakes."""
-    turns: Counter[str] = Counter()
-    keyed = []
-    for position, pair in enumerate(pairs):
-        turn = turns[pair[1].text]
-        turns[pair[1].text] += 1
-        keyed.append((turn, position, pair))
-    return [pair for *_, pair in sorted(keyed, key=lambda item: item[:2])]
-
-
-def _tier(pair: tuple[Candidate, Candidate, float]) -> str:
-    return f"{pair[0].tier}>{pair[1].tier}"
-
-
-def _row(
-    config: PairsConfig,
-    question: Question,
-    chosen: Candidate,
-    rejected: Candidate,
-    weight: float,
-    prompter: ExamPrompter,
-) -> dict[str, Any]:
-    options = {
-        "shots": () if config.train_without_shots else prompter.shots,
-        "explain_shots": config.prompt.explain_shots,
-        "reveal_count": config.prompt.reveal_count,
-    }
-    render = render_messages if config.prompt.chat else render_text
-    return {
-        "prompt": render(prompter.prompts, question, chosen.mode, **options),
-        "chosen": chosen.text,
-        "rejected": rejected.text,
-        "source": config.questions.name,
-        "tier": f"{chosen.tier}>{rejected.tier}",
-        "weight": weight,
-        "mode": chosen.mode,
-        "problem_id": question.problem_id,
-        "chosen_by": chosen.provenance,
-        "rejected_by": rejected.provenance,
-    }
+def _explained_questions(rows: Sequence[dict[str, Any]]) -> int:
+    return len({row["problem_id"] for row in rows if row["mode"] == "explained"})
 
 
 def _reasons(drops: Sequence[Drop]) -> dict[str, int]:

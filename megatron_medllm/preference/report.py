@@ -22,9 +22,12 @@ def pairs_report(manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> st
         f"contamination check: {'done' if manifest['contamination']['checked'] else 'NOT done'}, "
         f"{len(manifest['contamination']['dropped'])} questions dropped.",
         "",
+        f"{manifest['explained_questions']} of the questions have an explained pair.",
+        "",
         *_table("Pairs", "mode and tier", manifest["by_tier"]),
         *_table("Samples", "mode and tier", manifest["samples_by_tier"]),
         *_table("Dropped", "reason", manifest["drop_reasons"]),
+        *_left_table(manifest["account"]),
         "## Length in characters",
         "",
         *markdown_table(["", "mean", "median", "95 %", "max"], lengths),
@@ -58,6 +61,14 @@ def _examples(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def _table(title: str, key: str, counts: dict[str, int]) -> list[str]:
     rows = [[name, str(number)] for name, number in counts.items()] or [["none", "0"]]
     return [f"## {title}", "", *markdown_table([key, "count"], rows), ""]
+
+
+def _left_table(account: dict[str, Any]) -> list[str]:
+    rows = [
+        [subject, str(tally["kept"]), "; ".join(f"{kind} {loss['count']}" for kind, loss in tally["lost"].items())]
+        for subject, tally in account["subjects"].items()
+    ]
+    return ["## What the filters left", "", *markdown_table(["mode and tier", "left", "lost"], rows), ""]
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ from megatron_medllm.exams.scoring import score_answer
 from megatron_medllm.inference.answer_log import answer_requests
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.inference.protocol import Completion, Request
-from megatron_medllm.preference.candidate import Candidate
+from megatron_medllm.preference.candidate import Candidate, Tier
 
 
 def sample(
@@ -66,11 +66,12 @@ def judge(
 ) -> Candidate:
     """Place a completion in the hierarchy by its parsed answer; `provenance` names the model and engine."""
     parsed = parse_answer(completion.text, question, mode=mode, parser=parser)
+    tier: Tier
     if parsed.malformed:
         tier = "malformed"
     else:
         tier = "right" if score_answer(question, parsed, parser=parser).correct else "wrong"
-    written_by = {
+    written_by: dict[str, Any] = {
         "written_by": "model",
         **{key: provenance[key] for key in ("model_digest", "endpoint", "served_model", "engine") if key in provenance},
         "temperature": request.temperature,

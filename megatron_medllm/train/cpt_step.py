@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig
-from megatron_medllm.data.cpt import CptRows, dataset_config, resolve_blend, training_rows, validation_rows
+from megatron_medllm.data.cpt import (
+    CptRows,
+    dataset_config,
+    resolve_blend,
+    sample_documents,
+    training_rows,
+    validation_rows,
+)
+from megatron_medllm.data.loss_after import LossAfter, check_markers
 from megatron_medllm.data.microbatch import IGNORED, MicroBatch, blank, concatenate
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.cpt import cpt_loss
@@ -24,6 +31,9 @@ from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import digest_value, write_json
 
 log = logging.getLogger(__name__)
+
+# A row may hold the later part of one long marked document alone, so that a single step may teach nothing.
+_EMPTY_STEPS = 10
 
 
 class CptStep:
@@ -57,10 +67,17 @@ class CptStep:
         for size in self._batch_sizes:
             self._starts.append(self._starts[-1] + size)
         self.total_steps = len(self._batch_sizes)
-        loss_after = _marker_ids(config.loss_after, run)
+        self._empty_steps = 0
+        loss_after = LossAfter(config.loss_after, run.tokenizer_file()) if config.loss_after else None
         settings = dataset_config(
             config, blend, seed=run.seed, loss_after=loss_after, cache_dir=output_dir / "index-cache"
         )
+        if loss_after is not None:
+            sources = {
+                name: sample_documents(settings, prefix)
+                for name, prefix in zip(blend.names, blend.prefixes, strict=True)
+            }
+            check_markers(loss_after, sources)
         self._rows = training_rows(settings, self._starts[-1])
         self._validation, held_out = validation_rows(settings, blend)
         if config.validate_every_steps and not self._validation:
@@ -125,7 +142,17 @@ class CptStep:
         }
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
-        """The language-model loss has no signs of its own; the loop watches for NaN and spikes."""
+        """The language-model loss has no signs of its own; the loop watches for NaN and spikes.
+
+        Raises:
+            UserError: nothing was learned for many steps: a loss of 0 is no success.
+        """
+        self._empty_steps = 0 if metrics["counted_tokens"] else self._empty_steps + 1
+        if self._empty_steps >= min(_EMPTY_STEPS, self.total_steps):
+            raise UserError(
+                f"cpt: nothing was learned in {self._empty_steps} steps: no row of theirs holds a token to learn; "
+                "look at loss_after, and at documents that are longer than sequence_length"
+            )
 
     def validate(self, chunks: list[nn.Module]) -> dict[str, float]:
         """Loss and perplexity over all held-out rows and over each source's, at most `validation_batches` of each."""
@@ -170,10 +197,3 @@ def _batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
             return sizes
         sizes.append(size)
         used += size
-
-
-def _marker_ids(markers: tuple[str, ...], run: RunConfig) -> tuple[tuple[int, ...], ...]:
-    if not markers:
-        return ()
-    tokenizer = Tokenizer.from_file(str(run.tokenizer_file()))
-    return tuple(tuple(tokenizer.encode(marker, add_special_tokens=False).ids) for marker in markers)

@@ -1,11 +1,10 @@
 """The training loop: fetch, step, log, save, stop."""
 
 import logging
-import math
 import shutil
+import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_medllm.checkpoint.hf_writer import export_hf
@@ -15,15 +14,16 @@ from megatron_medllm.data.ledger import Ledger
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.config import DTYPES
 from megatron_medllm.parallel import mcore, runtime
-from megatron_medllm.parallel.reduce import sum_metrics
+from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.guard import LossGuard
-from megatron_medllm.train.metrics import MetricsLog
-from megatron_medllm.train.schedule import learning_rate
+from megatron_medllm.train.metrics import MetricsLog, forget_wandb_run
+from megatron_medllm.train.one_step import StepResult, run_step
 from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
+from megatron_medllm.train.watch import watching
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,16 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
     Raises:
         UserError: the configuration and the inputs do not fit, or the run went wrong beyond repair.
     """
+    started = time.monotonic()
     check_inputs(run)
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
         trainer = build_trainer(run, ranks)
         try:
             first = _resume(trainer) if resume else 0
-            if not _fit(trainer, first):
+            if not resume and trainer.runtime.is_main:
+                forget_wandb_run(run.output_dir())
+            if not _fit(trainer, first, started):
                 return REQUEUE_EXIT_CODE
             _export(trainer)
             return 0
@@ -71,21 +74,26 @@ def _export(trainer: Trainer) -> None:
         write_json(hf_dir / "generation_config.json", {"eos_token_id": trainer.step.end_token_id})
 
 
-def _fit(trainer: Trainer, first: int) -> bool:
-    """Run steps [first, total); False when a signal or the clock stopped it early, after a save."""
+def _fit(trainer: Trainer, first: int, started: float) -> bool:
+    """Run steps [first, total) of a training begun at `started`; False when a signal or the clock stopped it, saved."""
     step_object, ranks, config = trainer.step, trainer.runtime, trainer.config
     books = _Books(trainer, first)
     guard = LossGuard(config.guard)
     step = first
-    with progress(trainer.run.stage, total=step_object.total_steps) as bar, stop_requests(config.guard) as stop:
+    with (
+        progress(trainer.run.stage, total=step_object.total_steps) as bar,
+        stop_requests(config.guard, started) as stop,
+        watching(trainer, first) as watch,
+    ):
         while step < step_object.total_steps:
-            clock = StepClock()
-            metrics, problem = _train_step(trainer, step, guard, clock)
+            clock = StepClock(watch.enter)
+            done = run_step(trainer, step, clock, veto=guard.problem)
+            done.metrics.update(watch.end_step(step, clock))
             stop.note_step(clock.seconds())
-            books.record(step, metrics, clock, problem)
+            books.record(step, done, clock)
             step += 1
-            bar.update(step, f"loss {metrics['loss']:.4f}")
-            if guard.note(step - 1, metrics["loss"], skipped=problem is not None):
+            bar.update(step, f"loss {done.metrics['loss']:.4f}")
+            if guard.note(step - 1, done.metrics["loss"], skipped=done.problem is not None):
                 step = _roll_back(trainer)
                 books.cut(step)
                 continue
@@ -107,6 +115,7 @@ def _fit(trainer: Trainer, first: int) -> bool:
 
 
 def _validate(trainer: Trainer) -> dict[str, float]:
+    gather_parameters(trainer.chunks)
     for chunk in trainer.chunks:
         chunk.eval()
     try:
@@ -124,36 +133,6 @@ def _save(trainer: Trainer, step: int, *, last: bool) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _train_step(trainer: Trainer, step: int, guard: LossGuard, clock: StepClock) -> tuple[dict[str, float], str | None]:
-    """Forward, backward and, unless the numbers are not to be trusted, update. Returns metrics and the problem."""
-    config, step_object = trainer.config, trainer.step
-    rate = learning_rate(step, total_steps=step_object.total_steps, config=config.optimizer)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
-    torch.manual_seed(trainer.run.seed * 1_000_003 + step)  # dropout repeats after a resume
-    for chunk in trainer.chunks:
-        chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    with clock.part("data"):
-        micro_batches = step_object.micro_batches(step)
-    with clock.part("forward_backward"):
-        parts = mcore.run_micro_batches(
-            step_object.forward, trainer.chunks, micro_batches, stream_length=step_object.stream_length
-        )
-    metrics = step_object.summarize(sum_metrics(parts, step_object.metric_names, trainer.runtime))
-    problem = guard.problem(step, metrics["loss"])
-    metrics["grad_norm"] = math.nan
-    if problem is None:
-        with clock.part("optimizer"):
-            clip = config.optimizer.clip_grad
-            updated, metrics["grad_norm"] = mcore.clip_and_step(trainer.optimizer, clip_grad=clip)
-        if not updated:
-            problem = f"the gradient norm is {metrics['grad_norm']}"
-    metrics["lr"] = rate
-    step_object.check(step, metrics)
-    return metrics, problem
 
 
 def _resume(trainer: Trainer) -> int:
@@ -193,10 +172,10 @@ class _Books:
             self._log.cut(step)
             self._ledger.cut(step)
 
-    def record(self, step: int, metrics: dict[str, float], clock: StepClock, problem: str | None) -> None:
+    def record(self, step: int, result: StepResult, clock: StepClock) -> None:
         if self._log is None:
             return
-        done = step + 1
+        done, metrics, problem = step + 1, result.metrics, result.problem
         self._ledger.append(done, [] if problem else self._trainer.step.consumed(step))
         if problem:
             log.warning("step %d skipped: %s", done, problem)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_medllm.data.pairs import PairMicroBatch
+from megatron_medllm.data.pair_streams import PairMicroBatch
 from megatron_medllm.parallel.context import sum_over_context
 from megatron_medllm.parallel.runtime import Runtime
 

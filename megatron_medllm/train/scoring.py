@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
-from megatron_medllm.config.train import AdapterConfig, RpoConfig
-from megatron_medllm.data.pairs import Pair, PairMicroBatch, PairSet, load_pairs, pack_pairs, plan_micro_batches
-from megatron_medllm.data.reference import ReferenceCache, ReferenceKey, digest_pairs
+from megatron_medllm.config.train import RpoConfig
+from megatron_medllm.data.pair_streams import PairMicroBatch, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pairs import Pair, PairSet, load_pairs
+from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.progress import progress
-from megatron_medllm.storage import digest_file, digest_value
 from megatron_medllm.train.model import build_chunks, refuse_random_reference
+from megatron_medllm.train.reference import reference_adapter, reference_key
 from megatron_medllm.train.response_sums import sum_by_response
 
 log = logging.getLogger(__name__)
@@ -56,35 +57,6 @@ def load_run_pairs(run: RunConfig, config: RpoConfig) -> PairSet:
                 f"{run.tokenizer_dir()} is not its tokenizer"
             )
     return pair_set
-
-
-def quantized_base(config: RpoConfig) -> AdapterConfig | None:
-    """The adapter whose base is not held in the model's own dtype, so that it is a reference of its own."""
-    return config.adapter if config.adapter is not None and config.adapter.base != "bf16" else None
-
-
-def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
-    """What the reference log-probabilities of this run depend on. With LoRA the base is the reference."""
-    adapter = quantized_base(config)
-    return ReferenceKey(
-        weights=digest_random_weights(run) if run.model.path is None else digest_weights(run.model.path),
-        pairs=digest_pairs(pair_set),
-        template=config.template,
-        tokenizer=digest_file(run.tokenizer_file()),
-        dtype=run.model.dtype,
-        base=adapter.base if adapter is not None else f"{config.fp8_gemms} products" if config.fp8_gemms else "dense",
-    )
-
-
-def digest_weights(hf_dir: Path) -> str:
-    """Digest of an HF directory's tensors and shape."""
-    files = [*sorted(hf_dir.glob("*.safetensors")), hf_dir / "config.json"]
-    return digest_value({path.name: digest_file(path) for path in files})
-
-
-def digest_random_weights(run: RunConfig) -> str:
-    """Digest of what random weights are drawn from."""
-    return digest_value(["random", run.seed, run.model.init_std, run.model.resolve_shape().model_dump()])
 
 
 def pack_batch(pairs: list[Pair], run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> list[PairMicroBatch]:
@@ -129,9 +101,10 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
     pair_set = load_run_pairs(run, config)
     chunks = build_reference(run, config, ranks)
     cache = ReferenceCache(config.reference or run.run_dir / "reference")
+    key = reference_key(run, config, pair_set)
     done: list[Any] = [None]
     if ranks.is_main:
-        done = [cache.open_for_writing(reference_key(run, config, pair_set))]
+        done = [cache.open_for_writing(key)]
     dist.broadcast_object_list(done, src=0)
     parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
     with progress("score", total=len(pair_set.pairs)) as bar:
@@ -148,8 +121,7 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
 
 def build_reference(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -> list[nn.Module]:
     """This rank's chunks of the reference, ready to score."""
-    # A new adapter's B is zero: under it, a quantized base gives the numbers that the policy will start from.
-    chunks = build_chunks(run, ranks, adapter=quantized_base(config), fp8=config.fp8_gemms)
+    chunks = build_chunks(run, ranks, adapter=reference_adapter(run, config), fp8=config.fp8_gemms)
     for chunk in chunks:
         chunk.eval()
     return chunks

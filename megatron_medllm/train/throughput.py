@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,14 @@ from megatron_medllm.planner.workload import Workload
 
 
 class StepClock:
-    """Seconds of a step and of its named parts."""
+    """Seconds of a step and of its named parts.
 
-    def __init__(self) -> None:
+    Args:
+        on_part: told each part's name as it begins, and "" as it ends.
+    """
+
+    def __init__(self, on_part: Callable[[str], None] | None = None) -> None:
+        self._on_part = on_part or (lambda _: None)
         self._started = time.monotonic()
         self.parts: dict[str, float] = {}
 
@@ -26,10 +31,12 @@ class StepClock:
     def part(self, name: str) -> Iterator[None]:
         """Time a block; on CUDA up to the end of its kernels."""
         started = time.monotonic()
+        self._on_part(name)
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # a CPU has no queue of kernels to wait for
             torch.cuda.synchronize()
         self.parts[name] = time.monotonic() - started
+        self._on_part("")
 
     def seconds(self) -> float:
         """Since the step began."""

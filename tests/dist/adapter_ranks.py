@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
@@ -65,6 +66,7 @@ def train(job: dict[str, Any]) -> None:
     from megatron_medllm.models.adapters import add_adapters
     from megatron_medllm.models.initialize import initialize_weights
     from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.train.one_step import forward_backward
 
     layout = LayoutConfig(**job["layout"])
     ranks = runtime.start(layout, seed=7, timeout_s=60)
@@ -86,20 +88,16 @@ def train(job: dict[str, Any]) -> None:
     losses = []
     gradients: dict[str, Tensor] = {}
     for step in job["steps"]:
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
         torch.manual_seed(step)  # as the training loop does; layouts draw differently while they are built
-        parts = mcore.run_micro_batches(
-            partial(forward, ranks), chunks, micro_batches(step, ranks), stream_length=STREAM
-        )
+        batches = micro_batches(step, ranks)
+        parts = forward_backward(partial(forward, ranks), chunks, optimizer, batches, stream_length=STREAM)
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])
         gradients = collect_gradients([unwrap(chunk) for chunk in chunks])
         mcore.clip_and_step(optimizer, clip_grad=1.0)
     if "save" in job:
         Path(job["save"]).mkdir(exist_ok=True)
-        mcore.StateWriter().start(
+        StateWriter().start(
             mcore.sharded_state(chunks, optimizer, is_loading=False), Path(job["save"]), wait=True
         )
     torch.save(

@@ -32,6 +32,7 @@ def train(job: dict[str, Any]) -> None:
     """Take three steps and leave the losses; what pads the FFN must still be zero."""
     from megatron_medllm.models.initialize import initialize_weights
     from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.train.one_step import forward_backward
 
     layout = LayoutConfig(**job["layout"])
     ranks = runtime.start(layout, seed=7, timeout_s=60)
@@ -44,10 +45,8 @@ def train(job: dict[str, Any]) -> None:
     optimizer = mcore.build_optimizer(chunks, config, OptimizerConfig(lr=2e-3, weight_decay=0.1), layout)
     losses, norms = [], []
     for step in range(3):
-        chunks[0].zero_grad_buffer()
-        optimizer.zero_grad()
         batches = micro_batches(step, ranks)
-        parts = mcore.run_micro_batches(partial(forward, ranks), chunks, batches, stream_length=STREAM)
+        parts = forward_backward(partial(forward, ranks), chunks, optimizer, batches, stream_length=STREAM)
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])
         _, norm = mcore.clip_and_step(optimizer, clip_grad=1.0)

@@ -16,18 +16,17 @@ from tests.dist.launch import next_rendezvous
 def first_step(run: RunConfig) -> dict[str, Any]:
     """Metrics and gradients of the first step, before any update; gradients are this rank's slices."""
     from megatron_medllm.models.qwen25 import global_parameters, unwrap
-    from megatron_medllm.parallel import mcore, runtime
+    from megatron_medllm.parallel import runtime
     from megatron_medllm.parallel.reduce import sum_metrics
+    from megatron_medllm.train.one_step import forward_backward
     from megatron_medllm.train.setup import build_trainer
 
     ranks = runtime.start(run.layout, seed=run.seed, timeout_s=60)
     try:
         trainer = build_trainer(run, ranks)
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
         step = trainer.step
-        parts = mcore.run_micro_batches(
-            step.forward, trainer.chunks, step.micro_batches(0), stream_length=step.stream_length
+        parts = forward_backward(
+            step.forward, trainer.chunks, trainer.optimizer, step.micro_batches(0), stream_length=step.stream_length
         )
         gradients: dict[str, Tensor] = {
             name: parameter.main_grad.clone()

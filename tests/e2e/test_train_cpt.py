@@ -191,3 +191,9 @@ def test_nan_steps_are_skipped_and_end_the_run_when_there_are_too_many(tiny_worl
     with pytest.raises(UserError, match="3 steps had to be skipped"):
         train(run_config(settings))
     assert sum(metrics(tmp_path / "cpt", "skipped")) >= 2
+
+
+def test_markers_that_match_nothing_stop_the_run(tiny_world, tmp_path):
+    recipe = write_recipe(cpt_settings(tiny_world, tmp_path, cpt={"loss_after": ["解答欄:"]}), tmp_path / "r.yaml")
+    status, output = run_medllm("train", recipe)
+    assert status == 2 and "none of" in output and "holds a marker" in output, output

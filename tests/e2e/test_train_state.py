@@ -23,6 +23,8 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.state import verify
 
+OVERLAPS = {"overlap_grad_reduce": "on", "overlap_param_gather": "on"}
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -57,8 +59,8 @@ def test_twenty_kills_change_nothing(tiny_world, tmp_path):
         "checkpoint": {"every_steps": 2, "keep": 3, "async_save": True},
     }
     recipes = [
-        write_recipe(cpt_settings(tiny_world, tmp_path / name, cpt=settings), tmp_path / f"{name}.yaml")
-        for name in ("whole", "killed")
+        write_recipe(cpt_settings(tiny_world, tmp_path / name, cpt=settings, layout=layout), tmp_path / f"{name}.yaml")
+        for name, layout in (("whole", {}), ("killed", OVERLAPS))
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", REPOSITORY / "tests" / "e2e" / "killed_runs.py", *recipes, "20"],
@@ -127,7 +129,7 @@ def test_a_full_disk_costs_a_checkpoint_only(tiny_world, tmp_path, reference, mo
         return namedtuple("Usage", "free")(0) if len(asked) == 1 else usage(path)
 
     checkpoint = {"every_steps": 2, "keep": 10, "async_save": in_background}
-    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}))
+    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}, layout=OVERLAPS))
     monkeypatch.setattr(shutil, "disk_usage", full_at_first)
     assert train(run) == 0
     assert "THE CHECKPOINT OF STEP 2 COULD NOT BE WRITTEN: it takes 0.00 GB, more than the disk has left" in caplog.text
@@ -139,7 +141,7 @@ def test_a_full_disk_costs_a_checkpoint_only(tiny_world, tmp_path, reference, mo
 @pytest.mark.parametrize("in_background", [False, True])
 def test_writers_that_fail_leave_nothing_and_the_last_save_must_succeed(tiny_world, tmp_path, caplog, in_background):
     checkpoint = {"every_steps": 2, "keep": 10, "async_save": in_background}
-    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}))
+    run = run_config(cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": checkpoint}, layout=OVERLAPS))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write beyond fails, as on a full disk
     try:
@@ -148,7 +150,8 @@ def test_writers_that_fail_leave_nothing_and_the_last_save_must_succeed(tiny_wor
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for step in (2, 4, 6):
-        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: Worker failure" in caplog.text
+        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: rank 0 on " in caplog.text
+    assert caplog.text.count("__0_0.distcp: File too large") == 3
     assert list((tmp_path / "cpt" / "checkpoints").iterdir()) == []
 
 
@@ -236,3 +239,18 @@ def test_perplexity_is_reported_per_source(reference):
     last = json.loads((reference / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation_loss_medical"] == last["validation_loss"]
     assert last["validation_perplexity_medical"] == pytest.approx(math.exp(last["validation_loss"]))
+
+
+def test_other_files_among_the_checkpoints_are_left_alone(tiny_world, tmp_path, caplog):
+    settings = cpt_settings(tiny_world, tmp_path, cpt={"checkpoint": {"every_steps": 2, "keep": 1}})
+    checkpoints = tmp_path / "cpt" / "checkpoints"
+    others = ["step-00000010.bak", "step-final", "step-7", "step-０００００００９", "step--0000001"]
+    for name in others:
+        (checkpoints / name).mkdir(parents=True)
+    (checkpoints / "step-00000099").write_text("notes of mine")
+    for _ in range(2):
+        caplog.set_level("INFO")
+        assert train(run_config(settings)) == 0
+    assert f"resuming from {checkpoints / 'step-00000006'}" in caplog.text
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == sorted([*others, "step-00000006", "step-00000099"])

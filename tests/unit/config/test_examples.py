@@ -11,7 +11,7 @@ from megatron_medllm.planner import plan, require_fit
 from megatron_medllm.planner.from_config import workload_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-RECIPES = sorted(EXAMPLES.glob("*-qwen2.5-*.yaml"))
+RECIPES = sorted(EXAMPLES.glob("[cr]p[to]-qwen2.5-*.yaml"))
 NAME = re.compile(
     r"(?P<stage>cpt|rpo)-qwen2\.5-(?P<size>[\d.]+b)-(?P<nodes>\d+)n(?P<gpus>\d+)g(-tp(?P<tp>\d+)pp(?P<pp>\d+))?"
     r"(-(?P<kind>lora|qlora|fp8lora|fp8))?"

@@ -18,7 +18,9 @@ from test_corpus_read import TEXTS, read_all, read_dropped
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.streams import BATCH_BYTES, BrokenInputError, read_blocks
+from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
+from megatron_medllm.storage import read_jsonl
 
 ROWS = [{"id": f"a-{i}", "text": text} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -145,6 +147,11 @@ def test_pointers_are_called_pointers(tmp_path):
     path.rename(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="git lfs pointer"):
         read_all(tmp_path / "a.parquet")
+    path = (tmp_path / "a.parquet").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="git lfs pointer"):
+        describe_tokenizer(str(path))
+    with pytest.raises(UserError, match="git lfs pointer"):
+        list(read_jsonl(path))
 
 
 # -- marks and encodings ---------------------------------------------------------------------------------------------

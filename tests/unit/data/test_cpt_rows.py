@@ -34,7 +34,7 @@ def write_corpus(directory, sources, *, split=(1.0, 0.0, 0.0), digest="a"):
     return directory
 
 
-def settings_of(tmp_path, corpora, *, sequence_length, loss_after=()):
+def settings_of(tmp_path, corpora, *, sequence_length, loss_after=None):
     config = CptConfig(
         data=corpora, train_tokens=1, sequence_length=sequence_length, global_batch_size=1,
         optimizer=OptimizerConfig(lr=1.0),
@@ -43,7 +43,7 @@ def settings_of(tmp_path, corpora, *, sequence_length, loss_after=()):
     return blend, dataset_config(config, blend, seed=0, loss_after=loss_after, cache_dir=tmp_path / "cache")
 
 
-def rows_of(tmp_path, documents, *, count, sequence_length, loss_after=()):
+def rows_of(tmp_path, documents, *, count, sequence_length, loss_after=None):
     corpus = write_corpus(tmp_path / "corpus", {"one": documents})
     _, settings = settings_of(
         tmp_path, (DataSource(path=corpus),), sequence_length=sequence_length, loss_after=loss_after
@@ -76,10 +76,22 @@ def test_a_long_document_goes_on_in_the_next_row(tmp_path):
     assert {rows.spans(i)[0].length for i in range(2)} == {9}
 
 
+class Markers:
+    """Stands where `LossAfter` does: ids 90 91, or 90 alone, are the marker."""
+
+    def __init__(self, *ids):
+        self.ids = list(ids)
+
+    def first_learned(self, document):
+        ids = document.tolist()
+        ends = [at + len(self.ids) for at in range(len(ids)) if ids[at : at + len(self.ids)] == self.ids]
+        return min(ends, default=None)
+
+
 def test_only_what_follows_the_marker_is_learned(tmp_path):
     # 90 91 is the marker; a document without one is learned whole, and the second marker changes nothing.
     marked, plain = [11, 12, 90, 91, 13, 90, 91, 0], [21, 22, 23, 24, 25, 26, 27, 0]
-    rows = rows_of(tmp_path, [marked, plain], count=1, sequence_length=15, loss_after=((90, 91),))
+    rows = rows_of(tmp_path, [marked, plain], count=1, sequence_length=15, loss_after=Markers(90, 91))
     labels = {11: [X, X, X, 13, 90, 91, 0, X], 21: [22, 23, 24, 25, 26, 27, 0, X]}
     row = rows[0]
     assert row.labels.tolist() == (labels[row.tokens[0]] + labels[row.tokens[8]])[:15]
@@ -87,7 +99,7 @@ def test_only_what_follows_the_marker_is_learned(tmp_path):
 
 def test_the_rest_of_a_marked_document_in_another_row_is_not_learned(tmp_path):
     document = [11, 90, 12, 13, 14, 15, 16, 17, 0]
-    rows = rows_of(tmp_path, [document], count=2, sequence_length=4, loss_after=((90,),))
+    rows = rows_of(tmp_path, [document], count=2, sequence_length=4, loss_after=Markers(90))
     by_start = sorted((rows[i] for i in range(2)), key=lambda row: row.tokens[0])
     assert by_start[0].labels.tolist() == [X, 12, 13, 14]
     assert by_start[1].tokens.tolist() == [14, 15, 16, 17]
@@ -218,6 +230,16 @@ def test_a_rebuilt_corpus_is_not_read_by_the_old_ones_index(tmp_path, longer):
         assert sum(span.length for span in spans) == 9
         expected = [token for span in spans for token in new[span.document][span.offset : span.offset + span.length]]
         assert rows[i].tokens.tolist() == expected[:8]
+
+
+def test_a_source_of_weight_0_is_left_out_and_said_so(tmp_path, caplog):
+    corpus = write_corpus(tmp_path / "corpus", {"a": [[1, 2, 0]], "replay": [[3, 4, 0]]})
+    manifest = read_json(corpus / "manifest.json")
+    manifest["sources"]["replay"]["weight"] = 0.0
+    write_json(corpus / "manifest.json", manifest)
+    blend = resolve_blend((DataSource(path=corpus),))
+    assert blend.names == ("a",) and blend.tokens == 3
+    assert "source replay has the blend weight 0 and is left out" in caplog.text
 
 
 def test_a_blends_digest_is_its_contents(tmp_path):

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from megatron_medllm.account import Account
 from megatron_medllm.config.train import OptimizerConfig, RpoConfig
 from megatron_medllm.data.microbatch import IGNORED
-from megatron_medllm.data.pairs import Pair, Response, load_pairs, pack_pairs, plan_micro_batches
+from megatron_medllm.data.pair_streams import pack_pairs, plan_micro_batches
+from megatron_medllm.data.pairs import Pair, Response, load_pairs
 from megatron_medllm.data.reference import ReferenceCache, ReferenceKey, digest_pairs
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.packed import Segment
@@ -158,7 +161,7 @@ def test_the_digest_of_pairs_sees_every_token_and_mask():
     from megatron_medllm.data.pairs import PairSet
 
     digests = {
-        digest_pairs(PairSet([pair], [], []))
+        digest_pairs(PairSet([pair], [], [], Account("pairs")))
         for pair in (
             FIRST,
             Pair(0, np.array([1, 2, 4]), FIRST.chosen, FIRST.rejected, 1.0),
@@ -167,3 +170,105 @@ def test_the_digest_of_pairs_sees_every_token_and_mask():
         )
     }
     assert len(digests) == 4
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(directory, *, template=CHATML, eos="<|endoftext|>"):
+    """A base model's tokenizer with a chat template, as Qwen2.5's: eos ends documents, `<|im_end|>` turns."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+def chat_texts(directory, path, **changes):
+    """Prompt, chosen and rejected as text, from their ids."""
+    (pair,) = load_pairs(config(path, template="chat", **changes), directory, cut_length=999).pairs
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return [
+        tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        for ids in (pair.prompt, pair.chosen.ids, pair.rejected.ids)
+    ]
+
+
+def test_answers_end_with_the_templates_own_end_of_turn_once(tmp_path):
+    directory = chat_tokenizer(tmp_path / "tokenizer")
+    for chosen, rejected in (("a", "b"), ("a<|im_end|>", "b<|im_end|>\n")):
+        path = write(tmp_path, {"prompt": "q", "chosen": chosen, "rejected": rejected})
+        assert chat_texts(directory, path) == [
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>", "b<|im_end|>",
+        ]  # fmt: skip
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    assert chat_texts(directory, path, add_eos=False)[1:] == ["a", "b"]
+    cut = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b", "rejected_ended": False})
+    assert chat_texts(directory, cut)[1:] == ["a<|im_end|>", "b"]
+
+
+def test_a_template_that_ends_no_turn_takes_the_tokenizers_eos(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    directory = chat_tokenizer(tmp_path / "eos", template=template)
+    assert chat_texts(directory, path)[1:] == ["a<|endoftext|>", "b<|endoftext|>"]
+    directory = chat_tokenizer(tmp_path / "none", template=template, eos=None)
+    with pytest.raises(UserError, match=r"ends no turn and the tokenizer has no eos_token; set rpo\.add_eos=false"):
+        chat_texts(directory, path)
+    assert chat_texts(directory, path, add_eos=False)[1:] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", r"cannot be used \(roles must alternate\)"),
+        ("{% for m in messages %}{{ m.nothing.there }}{% endfor %}", "cannot be used"),
+        ("{{ messages[0]['content'] }}", "leaves the assistant's answers out"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_one_line(tmp_path, template, message):
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match=message):
+        chat_texts(chat_tokenizer(tmp_path / "tokenizer", template=template), path)
+
+
+def test_plain_answers_end_once_and_only_where_they_ended(tokenizer_dir, tmp_path):
+    path = write(
+        tmp_path,
+        {"prompt": "q", "chosen": "a <eos>", "rejected": "b", "rejected_ended": False},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    )
+    first, second = load_pairs(config(path), tokenizer_dir, cut_length=64).pairs
+    assert (first.chosen.ids.tolist(), first.rejected.ids.tolist()) == ([3, 0], [4])
+    assert (second.chosen.ids.tolist(), second.rejected.ids.tolist()) == ([3, 0], [4, 0])
+
+
+@pytest.mark.parametrize("eos", ["[]", "null", '"<eos>"', "true", "-1"])
+def test_an_eos_that_is_no_token_is_one_line(tokenizer_dir, tmp_path, eos):
+    (tokenizer_dir / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match="eos_token_id"):
+        load_pairs(config(path), tokenizer_dir, cut_length=64)
+    assert load_pairs(config(path, add_eos=False), tokenizer_dir, cut_length=64).pairs
+
+
+def test_no_pair_left_says_why(tokenizer_dir, tmp_path):
+    path = write(tmp_path, *[{"prompt": "q a b c x y", "chosen": "a b", "rejected": "c"}] * 3)
+    with pytest.raises(UserError, match=r"none of 3 pairs is left \(longer than 8 tokens: 3, first .*pairs\.jsonl:1\)"):
+        load_pairs(config(path), tokenizer_dir, cut_length=8)
+
+
+def test_messages_need_the_chat_template(tokenizer_dir, tmp_path):
+    path = write(tmp_path, {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: the pair holds messages: set rpo\.template=chat"):
+        load_pairs(config(path), tokenizer_dir, cut_length=64)

@@ -10,6 +10,9 @@ from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.compare import compare, compare_markdown
 from megatron_medllm.evaluation.run import run_exam
+from megatron_medllm.exams.loading import load_exam
+from megatron_medllm.exams.prompts import MODES
+from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.storage import read_json, read_jsonl
 
 # What the script answers, by a piece of the question: answer only, explained.
@@ -211,3 +214,34 @@ def test_compare(finished: tuple[dict, Path], exam_dir: Path, tmp_path: Path) ->
     assert "| always-b | answer_only | 4 | 1 | 5/10 |" in text
     with pytest.raises(UserError, match=r"holds no summary\.json"):
         compare([tmp_path])
+
+
+class LongEndpoint(ScriptedEndpoint):
+    """A server that always runs into the limit."""
+
+    finish_reason = "length"
+
+
+def test_a_model_that_runs_on_is_cut_off_only_where_no_answer_came(exam_dir: Path, tmp_path: Path) -> None:
+    def running_on(body: dict) -> str:
+        if not body["prompt"].endswith("考察:"):
+            return "b\n考察: 次の文"
+        first = "ソラ病の主症状" in body["prompt"]
+        return "よくわからないが、" * 9 if first else "aは誤り。\n答え: b\n\n問題: 次\n答え: c"
+
+    with LongEndpoint(running_on) as server:
+        summary = run_exam(config(exam_dir, server.url), Path("m"), tmp_path)
+    rows = list(read_jsonl(tmp_path / "results.jsonl"))
+    assert {row["output"] for row in rows if row["mode"] == "answer_only"} == {"b"}
+    assert {name: mode["truncated"] for name, mode in summary["modes"].items()} == {"answer_only": 0, "explained": 1}
+    assert summary["modes"]["explained"]["malformed"] == 2  # the calculation's b is complete, but no number
+    assert sum(row["output"] == "aは誤り。\n答え: b" for row in rows) == 5
+
+
+def test_chat_models_end_their_short_answers_themselves(exam_dir: Path) -> None:
+    """They may lead up to it with a line of its own: `答えは次の通りです。`"""
+    question = load_exam("invented", (exam_dir,)).questions[0]
+    for chat, short in ((False, "answer_only"), (True, None)):
+        prompter = ExamPrompter(PromptConfig(chat=chat), (exam_dir,))
+        asked = {mode: prompter.request(question, mode, DecodingConfig()).ends_as for mode in MODES}
+        assert asked == {"answer_only": short, "explained": "explained"}

@@ -21,6 +21,13 @@ class LLM:
     def __init__(self, model, dtype, tensor_parallel_size, max_model_len=0):
         print("noise on standard output", model, dtype, tensor_parallel_size, max_model_len)
     def _reply(self, text, p):
+        if text.startswith("say "):  # a scripted continuation, ended by max_tokens characters or the first stop text
+            text, reason, stop = text[4 : 4 + p.max_tokens], "length" if len(text) - 4 > p.max_tokens else "stop", None
+            for mark in p.stop:
+                if mark in text:
+                    text, reason, stop = text[: text.index(mark)], "stop", mark
+            out = SimpleNamespace(text=text, token_ids=list(text), finish_reason=reason, stop_reason=stop)
+            return SimpleNamespace(outputs=[out], prompt_token_ids=[1])
         text = f"{text}|{p.temperature}|{p.top_p}|{p.seed}|{p.max_tokens}|{p.stop}"
         if "die" in text:
             sys.stderr.write("CUDA error: the stand-in died\\n"); sys.stderr.flush(); os._exit(7)
@@ -126,3 +133,45 @@ def test_configuration_says_what_an_engine_needs() -> None:
         EngineConfig(kind="vllm")
     with pytest.raises(ValueError, match=r"needs engine\.url"):
         EngineConfig(kind="openai")
+
+
+# What a base model writes after the prompt, by mode: (continuation, its answer).
+RUNS_ON = {
+    "short": ("answer_only", "c\n考察: cは正しい。\n答え: d\n", "c"),
+    "short-empty-line": ("answer_only", "\n答え:\n b,c\n次に\n", "\n答え:\n b,c"),
+    "explained": ("explained", "aは誤り。\n答え: c\n次に、dは\n答え: d\n", "aは誤り。\n答え: c"),
+    "no-answer": ("explained", "aは誤り。\n" * 20, "aは誤り。\n" * 10),  # cut off: no answer came
+}
+
+
+def runs_on(**changes: object) -> list[Request]:
+    return [
+        Request(name, f"say {text}", max_new_tokens=60, stop=("\n問題:",), ends_as=mode)
+        for name, (mode, text, _) in RUNS_ON.items()
+    ]
+
+
+def test_answers_end_where_they_are_complete_in_vllm(vllm_config: EngineConfig, tiny_model: Path) -> None:
+    engine = open_engine(vllm_config, tiny_model)
+    done = {c.request_id: c for c in engine.generate(runs_on())}
+    engine.close()
+    assert {name: c.text for name, c in done.items()} == {name: answer for name, (*_, answer) in RUNS_ON.items()}
+    assert {name for name, c in done.items() if c.finish_reason == "length"} == {"no-answer"}
+    assert done["short"].new_tokens == 1  # vLLM itself stopped there
+
+
+def test_answers_end_where_they_are_complete_at_an_endpoint(tmp_path: Path) -> None:
+    def script(body: dict) -> str:
+        text = body["prompt"].removeprefix("say ")[: body["max_tokens"]]
+        ends = [text.index(mark) for mark in body["stop"] if mark in text]
+        return text[: min(ends, default=None)]
+
+    with ScriptedEndpoint(script) as server:
+        engine = open_engine(EngineConfig(kind="openai", url=server.url), tmp_path)
+        done = {c.request_id: c for c in engine.generate(runs_on())}
+        assert {name: c.text for name, c in done.items()} == {name: answer for name, (*_, answer) in RUNS_ON.items()}
+        four = Request("4", "say c\nd", max_new_tokens=9, stop=("w", "x", "y", "z"), ends_as="answer_only")
+        assert [c.text for c in engine.generate([four])] == ["c"]
+    stops = [body["stop"] for _, body in server.calls]
+    assert stops.count(["\n問題:", "\n"]) == 2 and stops.count(["\n問題:"]) == 3  # one was asked again
+    assert ["w", "x", "y", "z"] in stops  # the interface takes no fifth

@@ -78,6 +78,43 @@ def test_stop_text_is_cut_off(engine: TransformersEngine) -> None:
     assert done.finish_reason == "stop" and done.new_tokens < 24
 
 
+def script_tokens(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine, text: str) -> list[int]:
+    """Make the model write `text` after every prompt, whatever it would choose; its token ids."""
+    ids = engine.tokenizer.encode(text)
+    forward, steps = TransformersEngine._forward, iter(ids)
+
+    def scripted(self: TransformersEngine, *arguments: torch.Tensor) -> torch.Tensor:
+        logits = forward(self, *arguments)
+        logits[:, next(steps)] = 1e9
+        return logits
+
+    monkeypatch.setattr(TransformersEngine, "_forward", scripted)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "answer"),
+    [
+        ("answer_only", "\n c\n次の文", "\n c"),
+        ("explained", "aは誤り。\n答え: c\nまた、次の文", "aは誤り。\n答え: c"),
+    ],
+)
+def test_a_complete_answer_stops_its_row(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, mode: str, text: str, answer: str
+) -> None:
+    """The row stops with the line end: nothing behind it is generated, or paid for."""
+    ids = script_tokens(monkeypatch, engine, text)
+    upto = next(n for n in range(len(ids)) if answer + "\n" in engine.tokenizer.decode(ids[:n]))
+    (done,) = engine.generate([Request("x", "問", max_new_tokens=len(ids) - 1, ends_as=mode)])
+    assert (done.text, done.finish_reason, done.new_tokens) == (answer, "stop", upto)
+
+
+def test_without_an_answer_it_is_cut_off(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = script_tokens(monkeypatch, engine, "aは誤り。\nbも誤り。\nc")
+    (done,) = engine.generate([Request("x", "問", max_new_tokens=len(ids) - 1, ends_as="explained")])
+    assert (done.finish_reason, done.new_tokens) == ("length", len(ids) - 1)
+
+
 def test_samples_do_not_depend_on_the_batch(engine: TransformersEngine) -> None:
     requests = [
         Request(f"{i}-{k}", p, max_new_tokens=16, temperature=1.0, seed=request_seed(7, f"{i}-{k}"))
@@ -128,6 +165,39 @@ def test_chat_needs_a_template(engine: TransformersEngine) -> None:
     try:
         as_text = texts(engine, [Request("x", "<user>?<assistant>")])
         assert texts(engine, [request]) == as_text
+    finally:
+        engine.tokenizer.chat_template = None
+
+
+def test_chat_answers_stop_at_the_templates_end_of_turn(tiny_model: Path, alone: dict[str, list[int]]) -> None:
+    """A base model's configuration names the end of documents alone."""
+    engine = TransformersEngine(EngineConfig(device="cpu"), tiny_model)
+    prompt, position, end = next(
+        (prompt, position, text)
+        for prompt, ids in alone.items()
+        for position, token in enumerate(ids)
+        if position and token != 0 and ids.index(token) == position
+        and (text := engine.tokenizer.decode([token])).strip() == text
+        and engine.tokenizer.encode(text) == [token]
+    )  # fmt: skip
+    ended = "{{ m.content }}{% if m.role == 'assistant' %}END{% endif %}".replace("END", end)
+    engine.tokenizer.chat_template = "{% for m in messages %}" + ended + "{% endfor %}"
+    (plain,) = engine.generate([Request("x", prompt, max_new_tokens=24)])
+    (chat,) = engine.generate([Request("x", messages=({"role": "user", "content": prompt},), max_new_tokens=24)])
+    assert (chat.finish_reason, chat.new_tokens) == ("eos", position + 1) and plain.new_tokens > position + 1
+    assert chat.text == engine.tokenizer.decode(alone[prompt][:position])
+
+
+@pytest.mark.filterwarnings("error:.*is deprecated")
+def test_our_calls_are_not_deprecated(engine: TransformersEngine) -> None:
+    assert len(texts(engine, [Request("x", PROMPTS[0], max_new_tokens=2)])) == 1
+
+
+def test_a_template_that_refuses_is_one_line(engine: TransformersEngine) -> None:
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    try:
+        with pytest.raises(UserError, match=r"the chat template cannot be used \(roles must alternate"):
+            list(engine.generate([Request("x", messages=({"role": "user", "content": "?"},))]))
     finally:
         engine.tokenizer.chat_template = None
 

@@ -20,6 +20,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.train.one_step import forward_backward
 from tests.unit.checkpoint.twins import twin_shape, write_twin
 from tests.unit.models.tiny import CPU, build_tiny, documents, relative, run
 
@@ -73,11 +74,9 @@ def train(model: Any, steps: int, *, lr: float = 3e-3) -> list[float]:
     model.train()
     losses = []
     for step in range(steps):
-        chunks[0].zero_grad_buffer()
-        optimizer.zero_grad()
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
-        parts = mcore.run_micro_batches(forward, chunks, streams(step), stream_length=STREAM)
+        parts = forward_backward(forward, chunks, optimizer, streams(step), stream_length=STREAM)
         losses.append(parts[0]["loss"])
         mcore.clip_and_step(optimizer, clip_grad=1.0)
     return losses

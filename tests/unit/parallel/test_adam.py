@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megatron_medllm.config.train import OptimizerConfig
+from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.adam import FusedAdam
 
 
@@ -56,3 +58,13 @@ def test_fused_adam_goes_on_from_its_state_bitwise():
 def test_fused_adam_has_no_other_modes():
     with pytest.raises(ValueError, match="bias correction"):
         FusedAdam(Leaves().parameters(), bias_correction=False)
+
+
+def test_bf16_moments_need_the_fused_optimizer():
+    from megatron_medllm.parallel.mcore import moments_dtype
+
+    full, half = OptimizerConfig(lr=1.0), OptimizerConfig(lr=1.0, moments_dtype="bfloat16")
+    assert moments_dtype(full, fused=False) is moments_dtype(full, fused=True) is torch.float32
+    assert moments_dtype(half, fused=True) is torch.bfloat16
+    with pytest.raises(UserError, match="bfloat16 needs Transformer Engine and CUDA"):
+        moments_dtype(half, fused=False)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_cuda_run_is_not_redirected(monkeypatch: pytest.MonkeyPatch):
     devices: list[torch.device] = []
     optimizers: list[str] = []
     monkeypatch.setattr(cpu, "install", lambda: pytest.fail("redirected to the CPU"))
-    monkeypatch.setattr(adam, "install", lambda: optimizers.append("torch's, unless a better one is there"))
+    monkeypatch.setattr(adam, "install", optimizers.append)
     monkeypatch.setattr(runtime.dist, "init_process_group", joined)
     stand_in = SimpleNamespace(is_available=lambda: True, set_device=devices.append)
     monkeypatch.setattr(runtime.torch, "cuda", stand_in)
@@ -108,7 +109,52 @@ def test_a_cuda_run_is_not_redirected(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConnectionError):
         runtime.start(LayoutConfig(), seed=0)
     assert asked["backend"] == "nccl" and asked["device_id"] == torch.device("cuda", 3)
-    assert devices == [torch.device("cuda", 3)] and len(optimizers) == 1
+    assert devices == [torch.device("cuda", 3)] and optimizers == ["cuda"]
+
+
+@pytest.mark.parametrize(("device_type", "native", "replaced"), [
+    ("cpu", False, True), ("cpu", True, True), ("cuda", False, True), ("cuda", True, False),
+])  # fmt: skip
+def test_adam_is_replaced_but_where_a_fused_one_runs(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, native: bool, replaced: bool
+):
+    """`native`: Transformer Engine or apex brought an Adam, which only CUDA can run."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    for module in (optimizer, distributed_optimizer):
+        monkeypatch.setattr(module, "Adam", object)
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", not native)
+    monkeypatch.setattr(distributed_optimizer, "HAVE_APEX_OR_TE", native)
+    monkeypatch.setattr(distributed_optimizer, "USING_APEX_OPTIMIZER", False)
+    adam.install(device_type)
+    for module in (optimizer, distributed_optimizer):
+        assert module.Adam is (adam.FusedAdam if replaced else object)
+    assert distributed_optimizer.USING_APEX_OPTIMIZER is replaced and not optimizer.USING_PYTORCH_OPTIMIZER
+
+
+def test_the_device_and_its_process_group():
+    assert runtime.local_device(cuda=True, environment={"LOCAL_RANK": "5"}) == torch.device("cuda", 5)
+    assert runtime.local_device(cuda=True, environment={}) == torch.device("cuda", 0)
+    assert runtime.local_device(cuda=False, environment={"LOCAL_RANK": "5"}) == torch.device("cpu")
+    gpu, cpu_device = torch.device("cuda", 1), torch.device("cpu")
+    nccl = runtime.group_settings(gpu, {"MASTER_ADDR": "a"}, world_size=2, timeout_s=9.0)
+    assert nccl == {"backend": "nccl", "device_id": gpu, "timeout": timedelta(seconds=9)}
+    gloo = runtime.group_settings(cpu_device, {"MASTER_ADDR": "a"}, world_size=1, timeout_s=9.0)
+    assert gloo == {"backend": "gloo", "timeout": timedelta(seconds=9)}
+    alone = runtime.group_settings(cpu_device, {}, world_size=1, timeout_s=9.0)
+    assert alone["rank"] == 0 and alone["world_size"] == 1 and alone["store"] is not None
+
+
+def test_what_a_gpu_run_needs_of_its_environment():
+    environment: dict[str, str] = {"IBV_FORK_SAFE": "0"}
+    assert runtime.host_settings(LayoutConfig(), environment) == []
+    assert environment == {"IBV_FORK_SAFE": "0", "RDMAV_FORK_SAFE": "1"}  # what the user set stays
+    (warning,) = runtime.host_settings(LayoutConfig(tp=2), {})
+    assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is not set: with layout.tp=2 set it to 1")
+    (warning,) = runtime.host_settings(LayoutConfig(tp=4), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+    assert warning.startswith("CUDA_DEVICE_MAX_CONNECTIONS is 8")
+    assert runtime.host_settings(LayoutConfig(tp=2), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Pairs from an invented exam and scripted samples: tiers, weights, filters and drops are known beforehand."""
 
+import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -177,3 +179,106 @@ def test_bad_sampling() -> None:
         SamplingConfig(samples=2, temperatures=(0.0,))
     with pytest.raises(ValueError, match="the same one twice"):
         SamplingConfig(temperatures=(1.0, 1.0))
+
+
+ENDLESS = "この病気の症状は、" * 40  # what a base model writes on and on, and never reaches an answer
+
+
+class EndlessEndpoint(ScriptedEndpoint):
+    """Answers that the limit cut off: `finish_reason` is "length"."""
+
+    finish_reason = "length"
+
+
+def endless(exam_dir: Path, output: Path, text: str = ENDLESS, **changes: object) -> tuple[dict, list[dict]]:
+    sampling = SamplingConfig(samples=1, temperatures=(1.0,), answer_only_samples=0)
+    with EndlessEndpoint(lambda body: text) as server:
+        manifest = build_pairs(config(exam_dir, server.url, **({"sampling": sampling} | changes)), Path("m"), output)
+    return manifest, list(read_jsonl(output / "pairs.jsonl"))
+
+
+def test_what_reaches_no_answer_is_rejected_not_dropped(exam_dir: Path, tmp_path: Path) -> None:
+    """A base model's explanations run into the limit: each makes a pair, cut to the ratio, without an end token."""
+    manifest, rows = endless(exam_dir, tmp_path)
+    (pair,) = (row for row in rows if row["mode"] == "explained")
+    gold = "aは誤り。bは正しい。cは誤り。dは誤り。eは誤り。\n答え: b"
+    assert (pair["tier"], pair["chosen"]) == ("gold>malformed", gold)
+    assert pair["rejected"] == ENDLESS[: len(gold)] and len(ENDLESS) > 4 * len(gold)
+    assert (pair["chosen_ended"], pair["rejected_ended"]) == (True, False)
+    assert manifest["samples_by_tier"] == {"explained malformed": 1} and manifest["explained_questions"] == 1
+    assert manifest["account"]["subjects"]["explained malformed"] == {"kept": 1, "lost": {}}
+
+
+def test_how_much_of_it_is_kept(exam_dir: Path, tmp_path: Path) -> None:
+    filters = FilterConfig(min_gold_chars=5, malformed_length=2.0, max_length_ratio=1.0)
+    _, rows = endless(exam_dir, tmp_path, filters=filters)
+    (pair,) = (row for row in rows if row["mode"] == "explained")
+    assert pair["rejected"] == ENDLESS[: 2 * len(pair["chosen"])]
+
+
+def test_a_short_malformed_answer_is_rejected_too(exam_dir: Path, tmp_path: Path) -> None:
+    _, rows = endless(exam_dir, tmp_path, text="？")
+    assert [row["rejected"] for row in rows if row["mode"] == "explained"] == ["？"]
+
+
+def test_an_answer_that_the_limit_cut_in_two_is_dropped(exam_dir: Path, tmp_path: Path) -> None:
+    cut = "眠気が主であるから、次のように考えられる。\n答え: a、ただ"
+    with pytest.raises(
+        UserError, match=r"explained wrong: 0 .* kept; .*explained wrong: lost 1 \(truncated\), first 900A1"
+    ):
+        endless(exam_dir, tmp_path, text=cut)
+    (sample,) = read_jsonl(tmp_path / "samples.jsonl")  # left to look at
+    assert (sample["tier"], sample["truncated"]) == ("wrong", True)
+    _, rows = endless(exam_dir, tmp_path / "kept", text=cut, filters=FilterConfig(min_gold_chars=5, truncated=False))
+    assert [row["tier"] for row in rows if row["mode"] == "explained"] == ["gold>wrong"]
+
+
+def test_too_few_explained_pairs_stop_and_say_what_the_filters_left(exam_dir: Path, tmp_path: Path) -> None:
+    filters = FilterConfig(min_gold_chars=21)  # 901A1 and 901A2 are shorter
+    whole = {"questions": ExamConfig(name="invented", data=(exam_dir,)), "filters": filters}
+    with pytest.raises(UserError) as stopped:
+        endless(exam_dir, tmp_path, **whole, min_explained_share=0.75)
+    assert re.match(
+        r"only 3 of 6 questions have an explained pair, fewer than pairs\.min_explained_share=0\.75 of them \("
+        r"explained malformed: 6 .* kept; explained gold: 3 .* kept; explained gold>malformed: 3 .* kept; "
+        r"explained gold: lost 3 \(gold explanation too short\), first 901A1\); see dropped\.jsonl",
+        str(stopped.value),
+    )
+    assert not (tmp_path / "pairs.jsonl").exists() and (tmp_path / "dropped.jsonl").exists()
+    manifest, _ = endless(exam_dir, tmp_path, **whole, min_explained_share=0.5)
+    assert manifest["explained_questions"] == 3
+    assert "3 of the questions have an explained pair" in (tmp_path / "report.md").read_text()
+    assert "| explained gold | 3 | gold explanation too short 3 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_tier_that_the_filters_take_whole_is_an_error() -> None:
+    from megatron_medllm.preference.candidate import Candidate
+    from megatron_medllm.preference.pairing import Drop
+    from megatron_medllm.preference.pairs import pairs_account, require_pairs
+
+    settings = config(Path("x"), "http://x")
+    rows = [{"mode": "explained", "tier": "gold>malformed", "problem_id": str(n)} for n in range(20)]
+    for count, refused in ((19, False), (20, True)):
+        samples = [Candidate(str(n), "explained", "right", "t", ("a",), {}) for n in range(count)]
+        drops = [Drop(str(n), "explained", "right", "language") for n in range(count)]
+        account = pairs_account(samples, rows, drops, gold=20)
+        if refused:
+            with pytest.raises(
+                UserError, match=r"explained right: none of 20 .*\(language: 20, first 0\); loosen pairs"
+            ):
+                require_pairs(settings, account, rows, drops, questions=20, samples=count)
+        else:
+            require_pairs(settings, account, rows, drops, questions=20, samples=count)
+
+
+def test_questions_without_explanations_are_counted(exam_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "exam"
+    directory.mkdir()
+    rows = [
+        {k: v for k, v in row.items() if k != "explanation"} for row in read_jsonl(exam_dir / "2001" / "900-A.jsonl")
+    ]
+    (directory / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        UserError, match=r"only 0 of 2 .*explained gold: lost 2 \(the data explain nothing\), first 900A1"
+    ):
+        endless(exam_dir, tmp_path / "out", questions=ExamConfig(name="invented", data=(directory,)))
