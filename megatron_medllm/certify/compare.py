@@ -35,7 +35,7 @@ class Bounds:
 
 EXACT = Bounds(1e-5, 2e-5, 1e-4, 1e-5, truth_numbers=1e-5, truth_tensors=2e-5)
 # A sum in another order moves an activation to the next FP8 value now and then, one in sixteen away.
-FP8 = Bounds(2e-2, 5e-2, 5e-1, 5e-2, truth_numbers=5e-2, truth_tensors=None, export=5e-2)
+FP8 = Bounds(5e-2, 5e-2, 5e-1, 2e-1, truth_numbers=5e-2, truth_tensors=None, export=5e-2)
 NF4 = Bounds(1e-5, 2e-5, 1e-4, 1e-5, truth_numbers=1e-1, truth_tensors=None, export=2e-1)
 
 

@@ -82,7 +82,7 @@ def _run_stages(run: RunConfig, stop: "StopSignals", owner: Owner, console: Cons
 
 def _input_digests(run: RunConfig, stages: list[Stage], console: Console) -> dict[str, dict[str, str]]:
     """Digests of every stage's inputs; before the first stage runs, so that a missing file is told at once."""
-    memory = DigestMemory(run.run_dir / "stages" / ".digests.json")
+    memory = DigestMemory(run.run_dir / "input-digests.json")
     found = {}
     for stage in stages:
         try:

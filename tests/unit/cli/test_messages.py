@@ -42,6 +42,19 @@ def test_every_error_that_main_catches(name: str, monkeypatch: pytest.MonkeyPatc
     assert capsys.readouterr().err == f"error: {name}: no such file\n"
 
 
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\nb\r\nc\u2028d", "a b c d"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("half \udc80", "half \\udc80"),
+        (" 肝\u3000炎 \x00", "肝\u3000炎 \\x00"),
+    ],
+)
+def test_an_error_is_one_line_that_a_terminal_can_show(message: str, line: str) -> None:
+    assert str(UserError(message)) == line
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_progress_bars_and_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDLLM_PROGRESS_FILE", raising=False)
