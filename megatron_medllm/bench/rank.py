@@ -30,6 +30,7 @@ from megatron_medllm.planner.memory import optimizer_bytes, stage_memory, weight
 from megatron_medllm.storage import atomic_write, write_json
 from megatron_medllm.train.cpt_step import CptStep
 from megatron_medllm.train.model import build_chunks, resolve_adapter
+from megatron_medllm.train.one_step import forward_backward
 from megatron_medllm.train.throughput import StepClock, peak_memory_bytes
 
 _MIB = 2**20
@@ -183,11 +184,8 @@ def _step(
 ) -> StepClock:
     """One optimizer step."""
     clock = StepClock()
-    for chunk in chunks:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-    optimizer.zero_grad()
     with clock.part("forward_backward"):
-        mcore.run_micro_batches(rows.forward, chunks, batch, stream_length=rows.stream_length)
+        forward_backward(rows.forward, chunks, optimizer, batch, stream_length=rows.stream_length)
     with clock.part("optimizer"):
         mcore.clip_and_step(optimizer, clip_grad=config.optimizer.clip_grad)
     return clock

@@ -127,10 +127,15 @@ class _HashedStream:
         self._stream = stream
         self.sha256 = hashlib.sha256()
         self.bytes = 0
+        self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it; the number of bytes."""
-        self._stream.write(data)
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.problem = error
+            raise
         self.sha256.update(data)
         size = memoryview(data).nbytes
         self.bytes += size
@@ -147,6 +152,7 @@ def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool)
         return written
     name = f"__{rank}_0.distcp"
     path = directory / name
+    stream = None
     try:
         directory.mkdir(exist_ok=True)  # where a network's file system has not yet shown it here
         with open(path, "wb") as file:
@@ -162,7 +168,11 @@ def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool)
                 written.items.append(Item(piece.key, piece.offsets, sizes, name, start, stream.bytes - start, None))
             file.flush()
             os.fdatasync(file.fileno())
-    except OSError as error:
+    except (OSError, RuntimeError) as raised:
+        # Where a write fails, `torch.save` closes its archive and raises an error of its own over that.
+        error = raised if isinstance(raised, OSError) else stream and stream.problem
+        if error is None:
+            raise
         return _Written(problem=f"rank {rank} on {socket.gethostname()}: {path}: {error.strerror or error}")
     written.file, written.bytes, written.sha256 = name, stream.bytes, stream.sha256.hexdigest()
     return written

@@ -45,10 +45,9 @@ class TierWeights(Section):
 class FilterConfig(Section):
     """What is not worth learning from. Explanations only, except empty ones and duplicates."""
 
-    max_length_ratio: float = Field(
-        default=4.0,
-        ge=1,
-        description="longer over shorter, in characters; malformed explanations are cut to this x the chosen one",
+    max_length_ratio: float = Field(default=4.0, ge=1, description="longer over shorter, in characters")
+    malformed_length: float = Field(
+        default=1.0, gt=0, description="an explanation that reaches no answer is cut to this x the chosen one's length"
     )
     min_edit_distance: float = Field(
         default=0.05, ge=0, le=1, description="Levenshtein distance over the longer length"

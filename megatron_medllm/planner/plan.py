@@ -47,6 +47,12 @@ class Plan:
         return max(self.stages, key=lambda s: s.total_bytes)
 
     @property
+    def cpu_stage(self) -> StageMemory:
+        """The stage whose processes need the most memory on a machine without GPUs."""
+        stages = range(self.workload.layout.pp)
+        return max((stage_memory(self.workload, stage=s, on_cpu=True) for s in stages), key=lambda s: s.total_bytes)
+
+    @property
     def fits(self) -> bool:
         """Whether the fullest GPU has room."""
         return self.peak_stage.total_bytes <= self.hardware.memory_bytes

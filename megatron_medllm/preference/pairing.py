@@ -159,7 +159,7 @@ def _passing(
 
 def _cut_endless(config: PairsConfig, chosen: Candidate, rejected: Candidate) -> Candidate:
     """The beginning of an explanation that reaches no answer: what runs on for ever is as bad after a while."""
-    longest = int(config.filters.max_length_ratio * len(chosen.text))
+    longest = max(1, int(config.filters.malformed_length * len(chosen.text)))
     if chosen.mode == "answer_only" or rejected.tier != "malformed" or len(rejected.text) <= longest:
         return rejected
     return replace(rejected, text=rejected.text[:longest], truncated=True)

@@ -19,7 +19,9 @@ from typing import IO
 import orjson
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
@@ -61,28 +63,28 @@ def _run_stages(run: RunConfig, stop: "StopSignals", owner: Owner, console: Cons
     stages = recipe_stages(run, config_path)
     parts = recipe_parts(stages, run.model_dump(mode="json"), _input_digests(run, stages, console))
     with _stage_progress(console) as bars:
-        overall = bars.add_task(f"[bold]{run.name}", total=len(stages), note="")
+        overall = bars.add_task(f"[bold]{escape(run.name)}", total=len(stages), note="")
         for stage in stages:
             record = Record(run.run_dir / "stages" / f"{stage.name}.json")
             if record.is_done(stage_key(parts[stage.name]), stage.outputs):
-                console.print(f"[dim]✓ {stage.name}: done before[/]")
+                console.print(f"[dim]✓ {escape(stage.name)}: done before[/]")
             else:
                 for change in record.changes(parts[stage.name]):
-                    console.print(f"[yellow]↻[/] {stage.name}: {change}", soft_wrap=True)
+                    console.print(f"[yellow]↻[/] {escape(f'{stage.name}: {change}')}", soft_wrap=True)
                 status = _run_stage(stage, parts[stage.name], record, run, bars=bars, stop=stop, owner=owner)
                 if status:
                     return _report_failure(stage, status, run, console)
-                console.print(f"[green]✓[/] {stage.name}: {record.seconds():.1f} s")
+                console.print(f"[green]✓[/] {escape(stage.name)}: {record.seconds():.1f} s")
             bars.advance(overall)
     if (run.run_dir / "report.html").is_file():
         console.print(table(read_json(run.run_dir / "summary.json")))
-        console.print(f"report: {run.run_dir / 'report.html'}", soft_wrap=True)
+        console.print(f"report: {run.run_dir / 'report.html'}", markup=False, soft_wrap=True)
     return 0
 
 
 def _input_digests(run: RunConfig, stages: list[Stage], console: Console) -> dict[str, dict[str, str]]:
     """Digests of every stage's inputs; before the first stage runs, so that a missing file is told at once."""
-    memory = DigestMemory(run.run_dir / "stages" / ".digests.json")
+    memory = DigestMemory(run.run_dir / "input-digests.json")
     found = {}
     for stage in stages:
         try:
@@ -110,7 +112,7 @@ def _run_stage(
     progress_path = log_path.with_suffix(".progress")
     progress_path.unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-m", "megatron_medllm", *stage.arguments]
-    bar = bars.add_task(f"  {stage.name}", total=None, note="")
+    bar = bars.add_task(f"  {escape(stage.name)}", total=None, note="")
     with open(log_path, "ab") as log:
         environment = os.environ | {FILE_VARIABLE: str(progress_path)}
         with stop.started(command, stdout=log, environment=environment) as child:
@@ -214,13 +216,16 @@ def log_file(run: RunConfig, stage: Stage) -> Path:
 def _report_failure(stage: Stage, status: int, run: RunConfig, console: Console) -> int:
     log_path = log_file(run, stage)
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
-        console.print(f"[yellow]interrupted in stage {stage.name}[/]; run the same command again to go on")
+        console.print(f"[yellow]interrupted in stage {escape(stage.name)}[/]; run the same command again to go on")
         return status
     if status == REQUEUE_EXIT_CODE:
-        console.print(f"[yellow]stage {stage.name} saved and stopped early[/]; run the same command again to go on")
+        console.print(
+            f"[yellow]stage {escape(stage.name)} saved and stopped early[/]; run the same command again to go on"
+        )
         return status
     last = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
-    console.print(f"[bold red]stage {stage.name} failed[/] (exit status {status}); log: {log_path}", soft_wrap=True)
+    line = Text.assemble((f"stage {stage.name} failed", "bold red"), f" (exit status {status}); log: {log_path}")
+    console.print(line, soft_wrap=True)
     console.print(*last, markup=False, highlight=False, soft_wrap=True)
     return status
 
@@ -232,6 +237,6 @@ def _stage_progress(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )

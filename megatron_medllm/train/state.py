@@ -161,8 +161,14 @@ class Checkpoints:
     def _give_up(self, save: _Save, problem: str) -> None:
         if self._runtime.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
-            free = shutil.disk_usage(self.directory).free / 1e9
-            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%.2f GB free)", save.step, problem, free)
+            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%s)", save.step, problem, self._free())
+
+    def _free(self) -> str:
+        """What the disk has left; it may be the disk that is gone, and the other processes wait for this one."""
+        try:
+            return f"{shutil.disk_usage(self.directory).free / 1e9:.2f} GB free"
+        except OSError as error:
+            return f"free space unknown: {error.strerror}"
 
     def _seal_on_main(self, save: _Save) -> str | None:
         """Make written tensors a checkpoint; what went wrong, if anything. Local: it may run beside training."""

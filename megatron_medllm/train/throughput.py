@@ -43,8 +43,13 @@ class StepClock:
         return time.monotonic() - self._started
 
 
-# what torch calls a device -> the planner's description of it
-_DEVICES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80g"))
+# What torch calls a device, in full -> the planner's description of it. Others of a family (H100 PCIe and NVL, H800,
+# H20, GH200, a slice of a GPU) have other peaks.
+_DEVICES = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+}
 
 
 class Throughput:
@@ -93,8 +98,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def known_hardware(device: torch.device) -> str | None:
     """The planner's name of a device; None where it knows none."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((hardware for part, hardware in _DEVICES if part in name), None)
+    return _DEVICES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops(workload: Workload, hardware: str) -> float:

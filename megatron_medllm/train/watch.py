@@ -278,7 +278,7 @@ def _start() -> dict[str, Any]:
 def flight_record(device: torch.device) -> bytes:
     """The last collectives as torch's flight recorder kept them, pickled; empty of them unless it is turned on.
 
-    TORCH_FR_BUFFER_SIZE (TORCH_NCCL_TRACE_BUFFER_SIZE before torch 2.9) says how many; slurm/env.sh sets it.
+    TORCH_FR_BUFFER_SIZE says how many; slurm/env.sh sets it.
     """
     c10d = torch._C._distributed_c10d
     if device.type == "cuda":

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.checkpoint.convert import export_checkpoint
 from megatron_medllm.checkpoint.hf_reader import load_hf_weights
 from megatron_medllm.checkpoint.hf_writer import export_hf
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.errors import UserError

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_run import run_medllm
 
 from tests.dist.launch import run_ranks
 from tests.dist.test_planner_bytes import SHAPE
-from tiny_run import run_medllm
 
 LAYOUT = {"tp": 2, "pp": 2, "dp": 2}
 HELD = ("weights", "gradients", "main weights", "optimizer moments")

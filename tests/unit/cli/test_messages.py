@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from megatron_medllm.cli import app
+from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.run_report.build import table
 from megatron_medllm.progress import progress
+from megatron_medllm.recipe.runner import run_pipeline
 
 NAMES = ["model[red]x", "[/tmp]", "a[/]b", "[bold]", "\\[x]", "日本[link=x]語"]
 
@@ -40,6 +43,37 @@ def test_every_error_that_main_catches(name: str, monkeypatch: pytest.MonkeyPatc
         app.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {name}: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\nb\r\nc\u2028d", "a b c d"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("half \udc80", "half \\udc80"),
+        (" 肝\u3000炎 \x00", "肝\u3000炎 \\x00"),
+    ],
+)
+def test_an_error_is_one_line_that_a_terminal_can_show(message: str, line: str) -> None:
+    assert str(UserError(message)) == line
+
+
+def test_names_in_what_a_pipeline_prints(tmp_path: Path) -> None:
+    """A stage that fails, run and corpus named in brackets, and a folder too."""
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    corpus = {
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "eod_id": 0,
+        "sources": {"s": {"paths": [str(tmp_path / "t.jsonl")]}},
+    }
+    settings = {"name": "[/]x", "run_dir": str(tmp_path / "[red]run"), "model": {"path": str(tmp_path)}}
+    recipe.write_text(yaml.safe_dump({**settings, "tokenizer": "t", "corpora": {"a[red]b": corpus}}))
+    console = Console(file=io.StringIO(), width=500)
+    assert run_pipeline(load(recipe, []), console=console) == 2
+    printed = console.file.getvalue()
+    assert "stage corpus-a[red]b failed (exit status 2)" in printed and f"{tmp_path}/[red]run/" in printed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -129,8 +129,9 @@ ARRAY = json.dumps([PLAIN | {"weight": n} for n in (1, 2)], indent=1).encode()
 
 def frames(data: bytes) -> bytes:
     """Two zstd frames, the second with a long window."""
-    long = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=30))
-    return zstandard.compress(data[:70]) + long.compressobj().compress(b"") + long.compress(data[70:])
+    settings = zstandard.ZstdCompressionParameters(window_log=30)
+    long = zstandard.ZstdCompressor(compression_params=settings).compressobj()  # of unknown size: it asks for 1 GiB
+    return zstandard.compress(data[:70]) + long.compress(data[70:]) + long.flush()
 
 
 @pytest.mark.parametrize(

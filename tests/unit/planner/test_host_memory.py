@@ -47,3 +47,15 @@ def test_fp32_weights_have_a_copy_of_their_own_in_a_checkpoint() -> None:
 def test_the_plan_says_it() -> None:
     report = plan_report(plan(Workload(shape=SIZES["7b"], layout=LayoutConfig(dp=2), global_batch_size=8)))
     assert "Host memory that a save adds: 49.65 GiB a process in the background (async_save), 2.03 GiB" in report
+
+
+def test_without_gpus_one_full_stream_of_a_small_model_outweighs_its_weights() -> None:
+    """0.5B in fp32, LoRA: 2 GB of weights, and 24 layers that keep some 90 KB a token of a stream of 4,096."""
+    layout = LayoutConfig(recompute="none")
+    found = plan(Workload(shape=SIZES["0.5b"], layout=layout, precision="fp32", mode="lora", objective="rpo"))
+    parts = found.cpu_stage.parts
+    assert parts["weights"] == pytest.approx(2e9, rel=0.05)
+    assert 8e9 < parts["activations"] < 16e9
+    assert "of them activations (a stream of micro_batch_size x sequence_length tokens" in plan_report(found)
+    thrifty = plan(Workload(shape=SIZES["0.5b"], layout=LayoutConfig(recompute="full"), precision="fp32", mode="lora"))
+    assert thrifty.cpu_stage.parts["activations"] < 1e9

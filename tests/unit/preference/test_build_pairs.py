@@ -203,10 +203,17 @@ def test_what_reaches_no_answer_is_rejected_not_dropped(exam_dir: Path, tmp_path
     (pair,) = (row for row in rows if row["mode"] == "explained")
     gold = "aは誤り。bは正しい。cは誤り。dは誤り。eは誤り。\n答え: b"
     assert (pair["tier"], pair["chosen"]) == ("gold>malformed", gold)
-    assert pair["rejected"] == ENDLESS[: 4 * len(gold)] and len(ENDLESS) > 4 * len(gold)
+    assert pair["rejected"] == ENDLESS[: len(gold)] and len(ENDLESS) > 4 * len(gold)
     assert (pair["chosen_ended"], pair["rejected_ended"]) == (True, False)
     assert manifest["samples_by_tier"] == {"explained malformed": 1} and manifest["explained_questions"] == 1
     assert manifest["account"]["subjects"]["explained malformed"] == {"kept": 1, "lost": {}}
+
+
+def test_how_much_of_it_is_kept(exam_dir: Path, tmp_path: Path) -> None:
+    filters = FilterConfig(min_gold_chars=5, malformed_length=2.0, max_length_ratio=1.0)
+    _, rows = endless(exam_dir, tmp_path, filters=filters)
+    (pair,) = (row for row in rows if row["mode"] == "explained")
+    assert pair["rejected"] == ENDLESS[: 2 * len(pair["chosen"])]
 
 
 def test_a_short_malformed_answer_is_rejected_too(exam_dir: Path, tmp_path: Path) -> None:
