@@ -6,13 +6,14 @@ UV     := $(shell command -v uv 2>/dev/null)
 # uv does not read pip's PIP_FIND_LINKS: hand it on.
 UV_LINKS := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
 
-.PHONY: help demo test test-slurm fuzz lint clean
+.PHONY: help demo test test-slurm fuzz certify-faults lint clean
 
 help:
 	@echo "make demo        the whole recipe on an invented miniature world, ending in a table and an HTML report"
 	@echo "make test        the whole test suite"
 	@echo "make test-slurm  the batch jobs on a local Slurm (Debian's slurm-wlm; needs root to install it)"
 	@echo "make fuzz        random files, questions, pairs, adapters and recipes for FUZZ_SECONDS (600)"
+	@echo "make certify-faults  every layout's certificate, every injected fault (half an hour on two cores)"
 	@echo "make lint        ruff, mypy, the import contract, shellcheck"
 
 # A stamp file per set of dependencies, so that a second run installs nothing.
@@ -55,6 +56,10 @@ test-slurm: $(VENV)/.installed-test
 
 fuzz: $(VENV)/.installed-test
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/fuzz $(PYTEST_ARGS)
+# Everything that docs/certify.md says of layouts and faults; results as lines of JSON in build/certify.jsonl.
+certify-faults: $(VENV)/.installed-test
+	@mkdir -p build
+	MEDLLM_CERTIFY_ALL=$(CURDIR)/build/certify.jsonl OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist/test_certify.py tests/dist/test_certify_faults.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

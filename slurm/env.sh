@@ -19,6 +19,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 # Network. Pin the interfaces if your site needs it.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_FR_BUFFER_SIZE=2000                     # the flight recorder: docs/train.md
 export CUDA_DEVICE_MAX_CONNECTIONS=1                 # Megatron's tensor-parallel overlap relies on the launch order
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 

@@ -11,7 +11,11 @@ from tests.exam_world import write_exam
 
 EOD_ID = 151643  # Qwen2.5's
 # (layers, hidden, heads, KV heads, FFN, vocabulary) of the published config.json files.
-QWEN = {"7B": (28, 3584, 28, 4, 18944, 152064), "72B": (80, 8192, 64, 8, 29568, 152064)}
+QWEN = {
+    "0.5B": (24, 896, 14, 2, 4864, 151936),
+    "7B": (28, 3584, 28, 4, 18944, 152064),
+    "72B": (80, 8192, 64, 8, 29568, 152064),
+}
 DOCUMENTS = 8
 
 
@@ -54,7 +58,7 @@ def write_model(folder: Path, shape: tuple[int, ...]) -> None:
         "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
         "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocabulary,
         "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": hidden == 896,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
 

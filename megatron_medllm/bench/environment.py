@@ -1,13 +1,12 @@
 """Where a number was measured: device, versions, code revision."""
 
-import importlib.metadata
 import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_medllm.provenance import git_changed_files, git_revision, package_versions
 
 PACKAGES = (
     "megatron-medllm",
@@ -31,20 +30,7 @@ def environment_facts(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changed_files": len(_git("status", "--porcelain").splitlines()),
+        "packages": package_versions(PACKAGES),
+        "git_revision": git_revision(),
+        "git_changed_files": git_changed_files(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str:
-    directory = str(Path(__file__).parent)
-    done = subprocess.run(["git", "-C", directory, *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""

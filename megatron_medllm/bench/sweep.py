@@ -1,15 +1,23 @@
 """`medllm bench sweep`: the same measurement over a grid of settings. A failure is a result, not an end."""
 
+import hashlib
 import itertools
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_medllm.bench.environment import environment_facts
+from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
-from megatron_medllm.storage import read_json, write_json
+from megatron_medllm.storage import digest_file, digest_value, read_json, write_json
 
+PACKAGE = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory")
 
 
@@ -31,7 +39,8 @@ def sweep(
 ) -> list[dict]:
     """Run `medllm bench WHAT` for every combination, each in a process of its own.
 
-    Results so far are kept in OUTPUT/sweep.json; a combination that is there already is not run again.
+    Results so far are kept in OUTPUT/sweep.json under a digest of all that they depend on: what is measured, its
+    options, the recipe as it is read with all settings, versions, code and devices. What is there is not run again.
 
     Args:
         config: the recipe.
@@ -43,15 +52,44 @@ def sweep(
     """
     path = output / "sweep.json"
     done: dict[str, Any] = read_json(path) if path.is_file() else {}
+    surroundings = _surroundings()
+    results = []
     points = grid(axes)
     with progress("sweep", total=len(points)) as bar:
         for number, point in enumerate(points, start=1):
-            name = " ".join(point)
-            if name not in done:
-                done[name] = _measure(config, [*overrides, *point], output / f"{number:03d}", what, options)
+            settings = [*overrides, *point]
+            facts = {"what": what, "options": options, "recipe": _recipe(config, settings), **surroundings}
+            key = digest_value(facts)
+            if key not in done:
+                folder = output / f"{what}-{key[:12]}"
+                measured = _measure(config, settings, folder, what, options)
+                done[key] = {"what": what, "settings": " ".join(point), "folder": folder.name, **measured}
                 write_json(path, done)
-            bar.update(number, name)
-    return [{"settings": " ".join(point), **done[" ".join(point)]} for point in points]
+            results.append(done[key])
+            bar.update(number, " ".join(point))
+    return results
+
+
+def _recipe(config: Path, settings: list[str]) -> Any:
+    """The recipe as it is read, defaults and all; why not, where it is refused (which is a result too)."""
+    try:
+        return load(config, settings).model_dump(mode="json")
+    except UserError as error:
+        return str(error)
+
+
+def _surroundings() -> dict[str, Any]:
+    """What a measurement depends on besides the recipe. No CUDA is started here: its memory would be missing there."""
+    code = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(f"{path.relative_to(PACKAGE)}\0{digest_file(path)}\n".encode())
+    devices = platform.processor() or platform.machine()
+    if shutil.which("nvidia-smi") is not None:
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        devices = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    facts = environment_facts(torch.device("cpu"))
+    kept = {name: facts[name] for name in ("python", "cuda", "packages")}
+    return {**kept, "code": code.hexdigest(), "devices": devices}
 
 
 def _measure(config: Path, overrides: list[str], output: Path, what: str, options: list[str]) -> dict[str, Any]:

@@ -40,7 +40,6 @@ from megatron_medllm.checkpoint.names import (
     model_weights,
     stacked_name,
 )
-from megatron_medllm.checkpoint.safetensors_file import DTYPES
 from megatron_medllm.checkpoint.torch_dist import (
     CARRIED_DIR,
     FILE_DIGESTS_NAME,
@@ -87,8 +86,7 @@ def import_hf(
     refuse_existing(ckpt_dir)
     shape = shape_from_hf_config(hf_dir)
     source = HFWeights(hf_dir, shape)
-    first = next(iter(model_weights(shape))).hf[0]
-    dtype = dtype or DTYPES[source.place[first][1].dtype]
+    dtype = dtype or source.own_dtype()
     plan = _ImportPlan(source, shape, dtype, ffn_hidden_size or shape.ffn_hidden_size, chunk_bytes)
     identity = {
         "job": "import",
@@ -106,7 +104,8 @@ def import_hf(
         parts[_OBJECTS_PART] = functools.partial(plan.write_objects, partial)
         _run_parts(parts, journal, workers=workers, title=f"import {hf_dir.name}")
         items = [_item(row) for name in parts for row in journal.done[name]]
-        write_index(partial, plan.tensor_shapes(), dtype, items)
+        shapes = plan.tensor_shapes()
+        write_index(partial, {key: (shape, dtype) for key, shape in shapes.items()}, items)
         describe_checkpoint(partial, shape, dtype=dtype, source_dir=hf_dir)
         digests = [[item.file, item.start, item.sha256] for item in items]
         write_json(partial / ITEM_DIGESTS_NAME, {"algorithm": "sha256", "items": digests})
@@ -241,8 +240,8 @@ def _write_items(
 
 def newest_checkpoint(directory: Path) -> Path:
     """`directory` itself, or the newest `step-*` in it when it is a training run's folder of checkpoints."""
-    steps = sorted(directory.glob("step-*"))
-    return steps[-1] if steps else directory
+    steps = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
+    return steps[max(steps)] if steps else directory
 
 
 def export_checkpoint(
@@ -287,8 +286,8 @@ def export_checkpoint(
             raise UserError(f"{ckpt_dir}: holds an adapter; name the HF directory of the base it was trained on")
         base = HFWeights(base_dir, shape)
         write = AdapterMerge(reader, base, shape, adapter).write
-        dtype = dtype or DTYPES[base.place[first.hf[0]][1].dtype]
-    _check_files(ckpt_dir)
+        dtype = dtype or base.own_dtype()
+    check_files(ckpt_dir)
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)
     identity = {
@@ -317,8 +316,12 @@ def _carried_dir(ckpt_dir: Path) -> Path:
     return carried
 
 
-def _check_files(ckpt_dir: Path) -> None:
-    """Training checkpoints record a digest per file: compare them first."""
+def check_files(ckpt_dir: Path) -> None:
+    """Training checkpoints record a digest per file: compare them first.
+
+    Raises:
+        UserError: a file is missing or is not as it was written.
+    """
     path = ckpt_dir / FILE_DIGESTS_NAME
     for name, digest in (read_json(path) if path.exists() else {}).items():
         if not (ckpt_dir / name).exists():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_medllm.checkpoint.hf_source import HFWeights
@@ -18,7 +19,8 @@ def load_hf_weights(
     """Fill the model chunks of this rank from an HF directory, reading just this rank's slices.
 
     Any TP, pipeline and interleaved layout: a chunk's layers say which they are, the parameters how wide. Rows that
-    pad the vocabulary, and columns that pad the FFN, become zero. Values are cast to each parameter's dtype.
+    pad the vocabulary, and columns that pad the FFN, become zero. Values are cast to each parameter's dtype; lost
+    digits are told.
 
     Args:
         model_chunks: this rank's chunks, wrapped or not, on any device.
@@ -31,6 +33,8 @@ def load_hf_weights(
         UserError: the directory does not hold exactly this model's tensors (names the file and the tensor).
     """
     weights = HFWeights(hf_dir, shape)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        weights.tell_rounding(next(model_chunks[0].parameters()).dtype)
     for chunk in model_chunks:
         for name, parameter in global_parameters(unwrap(chunk)):
             weight = weight_of_parameter(name, shape)

@@ -1,6 +1,8 @@
 """The tensors of a Hugging Face (HF) directory: found and checked by name, read slice by slice."""
 
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +11,17 @@ import torch
 
 from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Piece, Weight, hf_shapes, local_pieces
 from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, digest_entry, read_header, read_slice
+from megatron_medllm.config.hf_files import INDEX_NAME, weight_files
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+# Tables that old versions stored with the model, and that every version computes anew: not read, as in transformers.
+_COMPUTED = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)"
+)
+
+log = logging.getLogger(__name__)
 
 
 class HFWeights:
@@ -29,15 +36,26 @@ class HFWeights:
         """
         self.hf_dir, self.shape = hf_dir, shape
         self.place: dict[str, tuple[Path, Entry]] = {}
-        for path, promised in _shards(hf_dir).items():
+        for path, promised in weight_files(hf_dir).items():
             header = read_header(path)
             for name in sorted(promised - header.keys()):
                 raise UserError(f"{path}: tensor {name!r} is missing; {hf_dir / INDEX_NAME} says it is here")
             for name, entry in header.items():
                 if promised and name not in promised:
                     raise UserError(f"{hf_dir / INDEX_NAME}: no entry for tensor {name!r}, which is in {path.name}")
-                self.place[name] = (path, entry)
+                if not _COMPUTED.fullmatch(name):
+                    self.place[name] = (path, entry)
         self._check()
+        self._check_total()
+
+    def _check_total(self) -> None:
+        """An index that is wrong about the size is told, no more: transformers does not look at it."""
+        index = self.hf_dir / INDEX_NAME
+        metadata = read_json(index).get("metadata") if index.exists() else None
+        promised = metadata.get("total_size") if isinstance(metadata, dict) else None
+        found = sum(entry.size for _, entry in self.place.values())
+        if promised is not None and promised != found:
+            log.warning("%s: total_size is %s, the tensors have %d bytes", index, promised, found)
 
     def _check(self) -> None:
         expected = hf_shapes(self.shape)
@@ -68,6 +86,21 @@ class HFWeights:
                     f"{self.place[head][0]}: config.json ties the embeddings, but {head!r} differs from "
                     f"{EMBEDDING.hf[0]!r}"
                 )
+
+    def own_dtype(self) -> torch.dtype:
+        """The type of the first tensor, as which the whole model is taken where nobody asks for another."""
+        dtype = DTYPES[self.place[EMBEDDING.hf[0]][1].dtype]
+        self.tell_rounding(dtype)
+        return dtype
+
+    def tell_rounding(self, dtype: torch.dtype) -> None:
+        """Warn where tensors lose digits when they become `dtype`: a bf16 model may keep its norms in fp32."""
+        wide = [n for n in hf_shapes(self.shape) if not _holds(dtype, DTYPES[self.place[n][1].dtype])]
+        if wide:
+            kinds = " and ".join(sorted({self.place[name][1].dtype for name in wide}))
+            to = str(dtype).removeprefix("torch.")
+            what = "%s: %d of %d tensors are stored in %s and are rounded to %s, %r the first"
+            log.warning(what, self.hf_dir, len(wide), len(self.place), kinds, to, wide[0])
 
     def read(self, name: str, *, axis: int, start: int, stop: int) -> torch.Tensor:
         """Entries [start, stop) of tensor `name` along `axis`, in the file's dtype, on the CPU.
@@ -137,18 +170,6 @@ def _descriptor(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _shards(hf_dir: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a directory, with the tensors that the index promises in each (none without index)."""
-    if (hf_dir / INDEX_NAME).exists():
-        weight_map = read_json(hf_dir / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{hf_dir / INDEX_NAME}: no 'weight_map'")
-        shards: dict[Path, set[str]] = {}
-        for name, file_name in weight_map.items():
-            if Path(file_name).name != file_name:
-                raise UserError(f"{hf_dir / INDEX_NAME}: {name!r} points outside the directory: {file_name!r}")
-            shards.setdefault(hf_dir / file_name, set()).add(name)
-        return shards
-    if (hf_dir / SINGLE_NAME).exists():
-        return {hf_dir / SINGLE_NAME: set()}
-    raise UserError(f"{hf_dir}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (only safetensors are read)")
+def _holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether every number of type `stored` is one of type `dtype` too."""
+    return dtype in (stored, torch.float32)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_medllm.checkpoint.hf_source import INDEX_NAME, SINGLE_NAME
 from megatron_medllm.checkpoint.names import hf_shapes
 from megatron_medllm.checkpoint.safetensors_file import (
     Entry,
@@ -19,6 +18,7 @@ from megatron_medllm.checkpoint.safetensors_file import (
     plan_file,
     write_fully,
 )
+from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import full_disk_error, read_json, write_json

@@ -18,32 +18,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_medllm.checkpoint.adapter_merge import AdapterReader
+from megatron_medllm.checkpoint.convert import check_files, newest_checkpoint
 from megatron_medllm.checkpoint.description import CARRIED_DIR, stored_adapter
-from megatron_medllm.checkpoint.hf_target import partial_dir, refuse_existing
-from megatron_medllm.checkpoint.names import Weight, hf_shape, local_pieces, model_weights
+from megatron_medllm.checkpoint.hf_target import DIGESTS_NAME, partial_dir, refuse_existing
+from megatron_medllm.checkpoint.names import Weight, hf_shape, local_pieces, model_weights, stacked_name
+from megatron_medllm.checkpoint.peft_settings import CONFIG_NAME, PeftSettings, read_settings
+from megatron_medllm.checkpoint.safetensors_file import digest_tensor
 from megatron_medllm.checkpoint.torch_dist import TorchDistReader
 from megatron_medllm.config.model import ModelShape, shape_from_hf_config
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import LINEARS
 from megatron_medllm.models.qwen25 import global_parameters, unwrap
-from megatron_medllm.storage import read_json, write_json
+from megatron_medllm.storage import full_disk_error, read_json, write_json
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# A PEFT setting -> the values under which its adapter is plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-}
+# What torch.compile, FSDP, activation checkpointing and DDP put into parameters' names.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 
 
 @dataclass(frozen=True)
@@ -63,33 +55,43 @@ def adapted_weights(shape: ModelShape) -> Iterator[tuple[Weight, str]]:
             yield weight, linear
 
 
-def export_peft(ckpt_dir: Path, adapter_dir: Path, *, base_model: str, dtype: torch.dtype = torch.float32) -> None:
+def export_peft(ckpt_dir: Path, adapter_dir: Path, *, base_model: str | None, dtype: torch.dtype | None = None) -> None:
     """Write the adapter of a training checkpoint as PEFT loads it.
 
     Args:
-        ckpt_dir: a checkpoint that holds an adapter.
+        ckpt_dir: a checkpoint that holds an adapter, or a training run's folder of them: then the newest. Its stored
+            digests are checked.
         adapter_dir: takes its name only when whole; must not exist.
         base_model: directory or hub name that PEFT will look for the base under.
-        dtype: of the tensors written.
+        dtype: of the tensors written; default: the checkpoint's.
 
     Raises:
-        UserError: the checkpoint holds no adapter, or the result exists.
+        UserError: the checkpoint holds no adapter or is damaged, or the result exists, or the disk is full.
     """
     refuse_existing(adapter_dir)
+    ckpt_dir = newest_checkpoint(ckpt_dir)
     config = stored_adapter(ckpt_dir)
     if config is None:
         raise UserError(f"{ckpt_dir}: holds no adapter (a whole model is exported to a Hugging Face directory)")
+    check_files(ckpt_dir)
     shape = shape_from_hf_config(ckpt_dir / CARRIED_DIR)
-    stored = AdapterReader(TorchDistReader(ckpt_dir), config.targets)
+    reader = TorchDistReader(ckpt_dir)
+    stored = AdapterReader(reader, config.targets)
     tensors: dict[str, Tensor] = {}
     for weight, _ in adapted_weights(shape):
         halves = stored.halves(weight)
         if halves is not None:
-            tensors |= _split(weight, shape, *halves)
+            dtype = dtype or reader.dtype_of(stacked_name(weight)[0].removesuffix("weight") + "lora_a")
+            tensors |= {name: t.to(dtype).contiguous() for name, t in _split(weight, shape, *halves).items()}
     partial = partial_dir(adapter_dir)
     partial.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, partial / WEIGHTS_NAME)
+    try:
+        save_file(tensors, partial / WEIGHTS_NAME)
+    except OSError as error:
+        raise full_disk_error(error, partial / WEIGHTS_NAME) from error
     write_json(partial / CONFIG_NAME, _peft_config(config, tensors, base_model))
+    digests = {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())}
+    write_json(partial / DIGESTS_NAME, {"algorithm": "sha256", "tensors": digests})
     partial.rename(adapter_dir)
 
 
@@ -115,7 +117,7 @@ def _named(hf_name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
 
 
-def _peft_config(config: AdapterConfig, tensors: dict[str, Tensor], base_model: str) -> dict[str, Any]:
+def _peft_config(config: AdapterConfig, tensors: dict[str, Tensor], base_model: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -138,31 +140,27 @@ def _peft_config(config: AdapterConfig, tensors: dict[str, Tensor], base_model: 
 def read_peft(adapter_dir: Path, shape: ModelShape) -> Adapter:
     """Read a PEFT LoRA adapter into Megatron's order.
 
+    Rank and alpha may differ from linear to linear: the narrower are padded with zeros to the widest, and B takes up
+    what a linear's alpha / r has beyond the adapter's.
+
     Args:
         adapter_dir: adapter_config.json and adapter_model.safetensors.
         shape: of the base model, unpadded.
 
     Raises:
-        UserError: not plain LoRA on the base's attention and MLP linears, or tensors missing, extra or mis-shaped.
+        UserError: not plain LoRA on the base's attention and MLP linears, tensors missing, extra or mis-shaped, or
+            settings and tensors that contradict each other.
     """
-    settings = read_json(adapter_dir / CONFIG_NAME)
-    for key, plain in _PLAIN.items():
-        if settings.get(key, plain[0]) not in plain:
-            raise UserError(f"{adapter_dir / CONFIG_NAME}: {key}={settings[key]!r} is not supported")
-    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    scale = alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+    settings = read_settings(adapter_dir)
     path = adapter_dir / WEIGHTS_NAME
-    try:
-        found = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (only safetensors are read)") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: {error}") from None
-    fused = {
-        weight.mcore.removesuffix("weight"): halves
-        for weight, _ in adapted_weights(shape)
-        if (halves := _fuse(path, weight, shape, found, rank)) is not None
-    }
+    found = _plain_names(path, _load(path))
+    _check_digests(adapter_dir, found)
+    scale = settings.lora_alpha / settings.r**0.5 if settings.use_rslora else settings.lora_alpha / settings.r
+    fused = {}
+    for weight, _ in adapted_weights(shape):
+        parts = _take_parts(path, weight, shape, found, settings)
+        if parts:
+            fused[weight.mcore.removesuffix("weight")] = _fuse(weight, shape, parts, settings, scale)
     if found:
         raise UserError(f"{path}: tensor {min(found)!r} belongs to no linear of this model")
     if not fused:
@@ -178,45 +176,104 @@ def read_peft(adapter_dir: Path, shape: ModelShape) -> Adapter:
     config = AdapterConfig(
         rank=widest,
         alpha=scale * widest,
-        dropout=float(settings.get("lora_dropout", 0.0)),
+        dropout=settings.lora_dropout,
         targets=tuple(name for name in names if name in used),
     )
     return Adapter(config, tensors)
 
 
-def _fuse(
-    path: Path, weight: Weight, shape: ModelShape, found: dict[str, Tensor], rank: int
-) -> tuple[Tensor, Tensor] | None:
-    """A and B of one fused linear out of PEFT's tensors, which are taken out of `found`."""
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        others = sorted(p.name for p in path.parent.glob("adapter_model*") if p.is_file())
+        there = f"; {others[0]} is there: load it with PEFT and save_pretrained() it" if others else ""
+        raise UserError(f"{path}: no such file (only safetensors are read{there})")
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    for name, tensor in found.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{path}: tensor {name!r} has type {tensor.dtype}, expected a float of 16 or 32 bits")
+    return found
+
+
+def _plain_names(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under PEFT's own names, without what other trainers write into them.
+
+    `base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.default.weight` and its like: the names of
+    wrappers, and the adapter's name between `lora_A` and `weight`.
+    """
+    plain: dict[str, Tensor] = {}
+    adapters: set[str] = set()
+    for name, tensor in found.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if len(parts) > 2 and parts[-3] in ("lora_A", "lora_B") and parts[-1] == "weight":
+            adapters.add(parts.pop(-2))
+        key = _PREFIX + ".".join(parts).removeprefix(_PREFIX)
+        if key in plain:
+            raise UserError(f"{path}: tensor {name!r} is there twice, under another spelling of its name")
+        plain[key] = tensor
+    if len(adapters) > 1:
+        raise UserError(f"{path}: holds several adapters: {', '.join(sorted(adapters))}; save one alone")
+    return plain
+
+
+def _check_digests(adapter_dir: Path, tensors: dict[str, Tensor]) -> None:
+    """An adapter that this package wrote records a digest per tensor."""
+    path = adapter_dir / DIGESTS_NAME
+    for name, digest in (read_json(path)["tensors"] if path.exists() else {}).items():
+        if name in tensors and digest_tensor(tensors[name]) != digest:
+            raise UserError(f"{adapter_dir / WEIGHTS_NAME}: tensor {name!r} does not match its digest: a damaged file")
+
+
+def _take_parts(
+    path: Path, weight: Weight, shape: ModelShape, found: dict[str, Tensor], settings: PeftSettings
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [r, k] and B [n, r] in fp32 of each HF linear inside one fused one; they are taken out of `found`."""
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name in weight.hf:
-        stem = _PREFIX + name.removesuffix("weight")
-        pair = [found.pop(f"{stem}lora_{half}.weight", None) for half in "AB"]
+        module = name.removesuffix(".weight")
+        names = [f"{_PREFIX}{module}.lora_{half}.weight" for half in "AB"]
+        pair = [found.pop(key, None) for key in names]
         if pair[0] is None and pair[1] is None:
+            if settings.target_modules is not None and settings.covers(module) and not settings.starts_at_nothing:
+                raise UserError(f"{path}: tensor {names[0]!r} is missing, and would start at random values")
             continue
-        rows, columns = hf_shape(name, shape)
-        for half, tensor, wanted in zip("AB", pair, ((rank, columns), (rows, rank)), strict=True):
+        if not settings.covers(module):
+            raise UserError(f"{path}: tensor {names[0]!r} is there, but {CONFIG_NAME} puts no adapter on {module}")
+        rank, (rows, columns) = settings.rank_of(module), hf_shape(name, shape)
+        for key, tensor, wanted in zip(names, pair, ((rank, columns), (rows, rank)), strict=True):
             if tensor is None or tuple(tensor.shape) != wanted:
                 has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-                raise UserError(f"{path}: tensor '{stem}lora_{half}.weight' {has}, expected {list(wanted)}")
+                raise UserError(f"{path}: tensor {key!r} {has}, expected {list(wanted)}")
         parts[name] = (pair[0].float(), pair[1].float())  # type: ignore[union-attr]
-    if not parts:
-        return None
-    every_a = [a for a, _ in parts.values()]
+    return parts
+
+
+def _fuse(
+    weight: Weight, shape: ModelShape, parts: dict[str, tuple[Tensor, Tensor]], settings: PeftSettings, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A and B of one fused linear, for an adapter that is scaled by `scale`."""
+    scaled = {}
+    for name, (a, b) in parts.items():
+        own = settings.scale_of(name.removesuffix(".weight"))
+        scaled[name] = (a, b if own == scale else b * (own / scale))
+    every_a = [a for a, _ in scaled.values()]
+    if weight.axis == 1:
+        return next(iter(scaled.values()))
     shared = all(torch.equal(a, every_a[0]) for a in every_a)
     stacked = every_a[0] if shared else torch.cat(every_a)
-    column = {name: 0 if shared else number * rank for number, name in enumerate(parts)}
+    ranks = [0, *(a.shape[0] for a in every_a[:-1])]
+    column = {name: 0 if shared else sum(ranks[: number + 1]) for number, name in enumerate(scaled)}
     size = sum(hf_shape(name, shape)[0] for name in weight.hf)
     fused = torch.zeros(size, stacked.shape[0])
     at = 0
-    pieces = local_pieces(weight, shape, local_size=size, tp_rank=0, tp_size=1) if weight.axis == 0 else []
-    for piece in pieces:
-        if piece.hf in parts:
-            fused[at : at + len(piece), column[piece.hf] : column[piece.hf] + rank] = parts[piece.hf][1][
-                piece.start : piece.stop
-            ]
+    for piece in local_pieces(weight, shape, local_size=size, tp_rank=0, tp_size=1):
+        if piece.hf in scaled:
+            b = scaled[piece.hf][1]
+            fused[at : at + len(piece), column[piece.hf] : column[piece.hf] + b.shape[1]] = b[piece.start : piece.stop]
         at += len(piece)
-    return stacked, fused if weight.axis == 0 else next(iter(parts.values()))[1]
+    return stacked, fused
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ and it writes only whole files at once. Here a reader touches just the bytes it 
 and several processes can fill one file, each at its own place.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -44,14 +45,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         with open(path, "rb") as stream:
             file_size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            if first == b"version ":  # of the text that git-lfs leaves in a file's place
+                raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` there")
+            length = int.from_bytes(first, "little")
             if not 2 <= length <= min(file_size - 8, _MAX_HEADER_BYTES):
                 raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
             header = orjson.loads(stream.read(length))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {'no such file' if error.errno == errno.ENOENT else error.strerror}") from None
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: the header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: the header is no JSON object")
     header.pop("__metadata__", None)
     return {
         name: _entry(path, name, value, data_start=8 + length, file_size=file_size) for name, value in header.items()
@@ -64,7 +70,9 @@ def _entry(path: Path, name: str, value: Any, *, data_start: int, file_size: int
         start, stop = (data_start + int(n) for n in value["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: tensor {name!r} has a malformed header entry") from None
-    if start < data_start or stop > file_size:
+    if start < data_start or stop < start or min(shape, default=0) < 0:
+        raise UserError(f"{path}: tensor {name!r} has a malformed header entry")
+    if stop > file_size:
         raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {stop}, the file at {file_size}")
     if dtype in DTYPES and stop - start != _num_bytes(dtype, shape):
         raise UserError(f"{path}: tensor {name!r} has {stop - start} bytes, which does not fit {dtype} {list(shape)}")
@@ -127,6 +135,11 @@ def digest_entry(path: Path, entry: Entry) -> str:
             _read_fully(stream.fileno(), part, entry.offset + start)
             digest.update(part)
     return digest.hexdigest()
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes, in hex."""
+    return hashlib.sha256(byte_view(tensor.contiguous())).hexdigest()
 
 
 def write_fully(fd: int, data: memoryview, offset: int) -> None:

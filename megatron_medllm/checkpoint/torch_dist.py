@@ -12,6 +12,7 @@ and items are loaded with `weights_only`. Megatron-Core's own loader unpickles b
 
 import hashlib
 import io
+import math
 import pickle
 import sys
 from dataclasses import dataclass
@@ -107,19 +108,29 @@ def object_keys(shape: ModelShape) -> list[str]:
     return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 
-def write_index(directory: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype, items: list[Item]) -> None:
+def write_index(
+    directory: Path,
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    items: list[Item],
+    *,
+    common: dict[str, Any] | None = None,
+) -> None:
     """Write what makes a directory of `.distcp` files a checkpoint.
 
     Args:
         directory: holds the files that the items name.
-        tensors: key -> shape of each whole tensor.
-        dtype: of all tensors.
+        tensors: key -> shape and type of each whole tensor.
         items: every chunk and object.
+        common: what is the same for every rank, beside the items.
+
+    Raises:
+        UserError: a tensor's chunks do not add up to it.
     """
-    properties = TensorProperties(dtype=dtype)
     # Interned, because a pickle refers back to a string that is the same object: equal content, equal bytes.
+    properties = {dtype: TensorProperties(dtype=dtype) for _, dtype in tensors.values()}
     entries: dict[str, Any] = {
-        sys.intern(key): TensorStorageMetadata(properties, torch.Size(shape), []) for key, shape in tensors.items()
+        sys.intern(key): TensorStorageMetadata(properties[dtype], torch.Size(shape), [])
+        for key, (shape, dtype) in tensors.items()
     }
     storage = {}
     for item in items:
@@ -130,10 +141,13 @@ def write_index(directory: Path, tensors: dict[str, tuple[int, ...]], dtype: tor
             chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
             entries[key].chunks.append(chunk)
         storage[MetadataIndex(key, item.offsets)] = _StorageInfo(file, item.start, item.length)
+    for key, (shape, _) in tensors.items():
+        if sum(chunk.sizes.numel() for chunk in entries[key].chunks) != math.prod(shape):
+            raise UserError(f"{directory}: the parts of tensor {key!r} do not make up {list(shape)}")
     with atomic_write(directory / METADATA_NAME) as stream:
         pickle.dump(Metadata(entries, storage_data=storage), stream)
     with atomic_write(directory / "common.pt") as stream:
-        torch.save({}, stream)
+        torch.save(common or {}, stream)
     write_json(directory / "metadata.json", _FORMAT)
 
 

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from megatron_medllm.cli import checkpoints, cluster, recipe
 from megatron_medllm.cli.bench import bench_app
 from megatron_medllm.cli.corpus import corpus_app
 from megatron_medllm.cli.examples import examples
 from megatron_medllm.cli.exams import eval_app
-from megatron_medllm.errors import UserError
+from megatron_medllm.errors import USER_ERROR_EXIT_CODE, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +41,7 @@ _COMMANDS = {
     "export": checkpoints.export,
     "verify": checkpoints.verify,
     "plan": cluster.plan,
+    "certify": cluster.certify,
     "submit": cluster.submit,
     "status": cluster.status,
     "cancel": cluster.cancel,
@@ -70,5 +72,6 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        line = Text.assemble(("error:", "bold red"), f" {error}")  # a name may hold [brackets]: text, never markup
+        Console(stderr=True).print(line, soft_wrap=True)
+        sys.exit(USER_ERROR_EXIT_CODE)

@@ -89,6 +89,30 @@ def generation(
     _show(measure_generation(run, settings))
 
 
+@bench_app.command("rank")
+def rank(
+    config: Config,
+    overrides: Overrides = None,
+    rank: Annotated[int, typer.Option("--rank", help="which rank of the recipe's whole layout, from 0")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="steps that are timed")] = 3,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="steps before them")] = 1,
+    micro_batches: Annotated[int | None, typer.Option(min=1, help="a step; default: at most 2 x pp")] = None,
+    output: Output = None,
+) -> None:
+    """Run one rank of a layout without the others: its bytes by part beside the plan, memory, computing time."""
+    run = load_recipe(config, overrides)
+    from megatron_medllm.bench.rank import RankSettings, measure_rank
+
+    settings = RankSettings(
+        rank=rank,
+        output=output or run.run_dir / "bench",
+        steps=steps,
+        warmup_steps=warmup_steps,
+        micro_batches=micro_batches,
+    )
+    _show(measure_rank(run, settings))
+
+
 @bench_app.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(help="what a benchmark wrote, e.g. throughput.json")],

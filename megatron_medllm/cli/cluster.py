@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
+from megatron_medllm.errors import UserError
 
 
 def plan(
@@ -54,16 +55,48 @@ def submit(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, submit nothing")] = False,
     force: Annotated[bool, typer.Option("--force", help="submit although the plan does not fit")] = False,
+    certify_first: Annotated[
+        bool, typer.Option("--certify", help="prove the layout on this machine's CPUs first, where that is not done")
+    ] = False,
 ) -> None:
     """Submit the recipe as a chain of Slurm jobs that checks, resumes and requeues itself."""
-    from megatron_medllm.recipe import submit_bench, submit_recipe
+    from megatron_medllm.certify.stages import certificates, certify_stages
+    from megatron_medllm.launch.recipe_jobs import submit_bench, submit_recipe
 
     run = load_recipe(config, overrides)
+    if certify_first:
+        certify_stages(run)
+    if bench is None:
+        print_text(certificates(run))
     if bench is not None:
         printed = submit_bench(run, bench, dry_run=dry_run, force=force)
     else:
         printed = submit_recipe(run, stages=stages.split(",") if stages else None, dry_run=dry_run, force=force)
     print_text(printed)
+
+
+def certify(
+    config: Config,
+    overrides: Overrides = None,
+    max_ranks: Annotated[int, typer.Option(min=1, help="processes to run at most; a larger layout is folded")] = 8,
+    again: Annotated[bool, typer.Option("--again", help="although the run directory has a certificate")] = False,
+    check: Annotated[bool, typer.Option("--check", help="only say whether the certificate there still holds")] = False,
+) -> None:
+    """Prove `stage`'s layout on CPUs: a small model in many processes against one. Exit status 1: it differs."""
+    from megatron_medllm.certify.certificate import certificate_report, read_certificate
+
+    run = load_recipe(config, overrides)
+    found = read_certificate(run) if check else None
+    if check and found is None:
+        raise UserError(f"{run.run_dir}: no certificate for stage {run.stage}; run medllm certify")
+    if found is None:
+        from megatron_medllm.certify.run import certify as certify_run
+
+        found, is_old = certify_run(run, max_ranks=max_ranks, again=again)
+        if is_old:
+            print_text(f"unchanged since {found.made}: {run.run_dir / 'certificate.json'}")
+    print_text(certificate_report(found))
+    raise typer.Exit(0 if found.passed else 1)
 
 
 def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
@@ -77,7 +110,7 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
     """Cancel the jobs of this run, and of this run only."""
     from megatron_medllm.launch.status import cancel as cancel_run
 
-    console.print(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
+    print_text(f"cancelled: {', '.join(cancel_run(run_dir)) or 'nothing was queued'}")
 
 
 def doctor() -> None:
@@ -86,5 +119,5 @@ def doctor() -> None:
     from megatron_medllm.launch.doctor import doctor_report, failed
 
     checks = examine()
-    console.print(doctor_report(checks), markup=False, highlight=False)
+    print_text(doctor_report(checks))
     raise typer.Exit(1 if failed(checks) else 0)

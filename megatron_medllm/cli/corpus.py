@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
 from megatron_medllm.errors import UserError
 
 corpus_app = typer.Typer(no_args_is_help=True, help="Japanese text to Megatron's indexed data sets.")
@@ -44,4 +44,4 @@ def corpus_inspect(
     """Check an indexed data set against its manifest and show decoded samples."""
     from megatron_medllm.corpus.inspect import inspect
 
-    console.print(str(inspect(prefix, samples=samples)), markup=False, highlight=False)
+    print_text(str(inspect(prefix, samples=samples)))

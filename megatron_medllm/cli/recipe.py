@@ -11,9 +11,12 @@ from megatron_medllm.errors import UserError
 
 def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Run the whole recipe; a second run skips what is done."""
-    from megatron_medllm.pipeline import run_pipeline
+    from megatron_medllm.launch.status import refuse_queued
+    from megatron_medllm.recipe.runner import run_pipeline
 
-    raise typer.Exit(run_pipeline(load_recipe(config, overrides), console=console))
+    run = load_recipe(config, overrides)
+    refuse_queued(run.run_dir)
+    raise typer.Exit(run_pipeline(run, console=console))
 
 
 def demo(config: Config, overrides: Overrides = None) -> None:
@@ -53,7 +56,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     start_ranks_if_needed(run.layout)
     from megatron_medllm.train.scoring import score as score_pairs
 
-    console.print(f"reference log-probabilities in {score_pairs(run)}")
+    print_text(f"reference log-probabilities in {score_pairs(run)}")
 
 
 def pairs(config: Config, overrides: Overrides = None) -> None:
@@ -78,7 +81,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory that `m
     from megatron_medllm.evaluation.run_report import build_report, table
 
     console.print(table(build_report(run_dir)))
-    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+    print_text(f"report: {run_dir / 'report.html'}")
 
 
 def schema() -> None:

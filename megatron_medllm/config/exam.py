@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_medllm.config.base import Section
+from megatron_medllm.config.cluster import Seconds
 
 ModeName = Literal["answer_only", "explained"]
 
@@ -51,7 +52,7 @@ class EngineConfig(Section):
     api_key_variable: str = Field(default="OPENAI_API_KEY", description="openai: environment variable with the key")
     concurrency: int = Field(default=8, gt=0, description="openai: requests in flight")
     retries: int = Field(default=3, ge=0, description="openai: further attempts after a failed request")
-    timeout_s: float = Field(default=600.0, gt=0, description="openai: seconds to wait for one answer")
+    timeout_s: Seconds = Field(default=600.0, gt=0, description="openai: seconds to wait for one answer")
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "EngineConfig":

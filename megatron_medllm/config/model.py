@@ -1,13 +1,24 @@
 """Which Qwen2.5 is trained: the published sizes, a miniature, or whatever an HF directory's `config.json` says."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, first_problem
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
+
+_Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
+_Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class ModelShape(Section):
@@ -126,40 +137,142 @@ class ModelConfig(Section):
         return shape_from_hf_config(self.path)
 
 
+class _Rope(BaseModel):
+    """RoPE in a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
+
+    rope_type: StrictStr | None = None
+    type: StrictStr | None = None
+    rope_theta: _Positive | None = None
+    partial_rotary_factor: Annotated[float, Field(strict=True)] | None = None
+
+    def kind(self) -> str:
+        """Transformers' name of it."""
+        return self.rope_type or self.type or "default"
+
+
+class _HFConfig(BaseModel):
+    """What a Qwen2 config.json says about the computation, with its own names and types. Nothing is converted."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    model_type: StrictStr
+    num_hidden_layers: Annotated[int, Field(strict=True, gt=0, lt=10_000)]
+    hidden_size: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count | None = None
+    head_dim: _Count | None = None
+    intermediate_size: _Count
+    vocab_size: _Count
+    max_position_embeddings: _Count = 32768
+    rms_norm_eps: _Positive = 1e-6
+    tie_word_embeddings: StrictBool = False
+    hidden_act: StrictStr = "silu"
+    attention_dropout: Annotated[float, Field(strict=True)] = 0.0
+    attention_bias: StrictBool = True
+    mlp_bias: StrictBool = False
+    is_causal: StrictBool = True
+    use_sliding_window: StrictBool | None = False
+    layer_types: list[StrictStr] | None = None
+    rope_theta: _Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: Annotated[float, Field(strict=True)] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    def unsupported(self) -> str | None:
+        """What this model computes that Qwen2.5 does not, if anything."""
+        whole = self.hidden_size // self.num_attention_heads
+        kinds = self.layer_types
+        other = next((kind for kind in kinds or () if kind != "full_attention"), None)
+        checks: tuple[tuple[Any, str], ...] = (
+            (self.use_sliding_window, "use_sliding_window is true; sliding-window attention is not supported"),
+            (other is not None, f"layer_types holds {other!r}; only full_attention is supported"),
+            (kinds is not None and len(kinds) != self.num_hidden_layers, "layer_types has not one entry a layer"),
+            (self.hidden_act != "silu", f"hidden_act is {self.hidden_act!r}; Qwen2.5 uses 'silu'"),
+            (
+                self.head_dim not in (None, whole),
+                f"head_dim is {self.head_dim}; Qwen2.5 has hidden_size / heads, {whole}",
+            ),
+            (not self.attention_bias, "attention_bias is false; Qwen2.5 has biases on q, k and v"),
+            (self.mlp_bias, "mlp_bias is true; Qwen2.5 has none"),
+            (not self.is_causal, "is_causal is false; this package trains causal models only"),
+            (
+                self.attention_dropout,
+                f"attention_dropout is {self.attention_dropout}; it is not supported: set it to 0.0",
+            ),
+            (
+                self.partial_rotary_factor not in (None, 1.0),
+                "partial_rotary_factor is not 1; Qwen2.5 rotates whole heads",
+            ),
+            (self.quantization_config, "quantization_config is there; take the directory of the unquantized model"),
+        )
+        return next((why for refused, why in checks if refused), None)
+
+    def rotary_base(self) -> float:
+        """RoPE's base, as transformers reads it.
+
+        Raises:
+            ValueError: RoPE is scaled, or two places contradict each other.
+        """
+        given = [_rope(value) for value in (self.rope_scaling, self.rope_parameters) if value]
+        kinds = {rope.kind() for rope in given}
+        if kinds - {"default"}:
+            kind = min(kinds - {"default"})
+            raise ValueError(f"RoPE type {kind!r} is not supported; train with the base model's default RoPE")
+        if any(rope.partial_rotary_factor not in (None, 1.0) for rope in given):
+            raise ValueError("partial_rotary_factor is not 1; Qwen2.5 rotates whole heads")
+        places = (self.rope_theta, *(rope.rope_theta for rope in given))
+        bases = sorted({float(base) for base in places if base is not None})
+        if len(bases) > 1:
+            raise ValueError(f"rope_theta is given twice, as {' and '.join(map(str, bases))}")
+        return bases[0] if bases else 10_000.0
+
+
+def _rope(value: dict[str, Any]) -> _Rope:
+    """RoPE's settings; transformers 5 may nest them by kind of layer."""
+    nested = {name: part for name, part in value.items() if name.endswith("_attention") and part is not None}
+    if set(nested) - {"full_attention"}:
+        raise ValueError(f"RoPE for {min(set(nested) - {'full_attention'})!r} is not supported")
+    if nested and not isinstance(nested["full_attention"], dict):
+        raise ValueError("RoPE's 'full_attention' is no JSON object")
+    return _Rope.model_validate({**value, **nested.get("full_attention", {})})
+
+
 def shape_from_hf_config(hf_dir: Path) -> ModelShape:
     """Read `hf_dir`/config.json, in transformers 4's spelling or 5's.
 
+    Settings that no field here names (token ids, dtype, versions) do not change what the weights compute.
+
     Raises:
-        UserError: the file is missing, is not a Qwen2 model, uses a sliding window, scales its RoPE, or lacks a field.
+        UserError: the file is missing, is not a Qwen2 model, computes what Qwen2.5 does not (a sliding window, scaled
+            RoPE and the like), lacks a field, or holds a value of the wrong type.
     """
     path = hf_dir / "config.json"
-    config = read_json(path)
-    if config.get("model_type") != "qwen2":
-        raise UserError(
-            f"{path}: model_type is {config.get('model_type')!r}; this package trains 'qwen2' (Qwen2.5) only"
-        )
-    if config.get("use_sliding_window"):
-        raise UserError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2.5 uses 'silu'")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{path}: RoPE type {rope_type!r} is not supported; train with the base model's default RoPE")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    if raw.get("model_type") != "qwen2":
+        found = raw.get("model_type")
+        raise UserError(f"{path}: model_type is {str(found)[:80]!r}; this package trains 'qwen2' (Qwen2.5) only")
     try:
+        config = _HFConfig.model_validate(raw)
+        if (why := config.unsupported()) is not None:
+            raise UserError(f"{path}: {why}")
         return ModelShape(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
-            ffn_hidden_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-            rotary_base=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-            max_position_embeddings=config.get("max_position_embeddings", 32768),
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_key_value_heads or config.num_attention_heads,
+            ffn_hidden_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            tie_embeddings=config.tie_word_embeddings,
+            layernorm_epsilon=config.rms_norm_eps,
+            rotary_base=config.rotary_base(),
+            max_position_embeddings=config.max_position_embeddings,
         )
-    except KeyError as error:
-        raise UserError(f"{path}: missing field {error.args[0]!r}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"missing field {first['loc'][0]!r}" if first["type"] == "missing" else first_problem(error)
+        raise UserError(f"{path}: {why}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

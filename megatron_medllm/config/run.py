@@ -7,12 +7,14 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.omegaconf import get_yaml_loader
 from pydantic import BaseModel, Field, ValidationError
-from yaml import YAMLError
+from yaml import ScalarNode, YAMLError
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, first_problem
 from megatron_medllm.config.cluster import ClusterConfig
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.config.demo import DemoConfig
@@ -96,10 +98,19 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         if "=" not in override:
             raise UserError(f"{override!r}: expected key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        recipe = _read_yaml(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(recipe, dict | None):
+            raise UserError(f"{path}: expected sections such as model: and cpt:, found {type(recipe).__name__}")
+        changes = OmegaConf.create({})
+        for override in overrides:
+            key, _, value = override.partition("=")
+            OmegaConf.update(changes, key, _read_yaml(value))
+        merged = OmegaConf.merge(recipe or {}, changes)
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key} must be given, as {error.full_key}=…") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     try:
@@ -108,19 +119,33 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
+class _Loader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's YAML, but 12:00:00 stays what it says: YAML 1.1 makes it a number to the base of 60, 43200."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        is_clock = kind is ScalarNode and ":" in value and tag in (f"{_TAG}int", f"{_TAG}float")
+        return f"{_TAG}str" if is_clock else tag
+
+
+_TAG = "tag:yaml.org,2002:"
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a safe loader, by inheritance
+
+
 def _explain(error: ValidationError) -> str:
     """The first problem in one line, with the nearest known key where one is unknown."""
     first = error.errors()[0]
+    if first["type"] != "extra_forbidden":
+        return first_problem(error)
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(RunConfig, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"
-        return f"unknown key {where!r}{hint}{more}"
-    found = "" if isinstance(first["input"], dict | list) else f" (found {first['input']!r})"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}{found}{more}" if where else f"{message}{more}"
+    known = _fields_at(RunConfig, first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"
+    return f"unknown key {where!r}{hint}{more}"
 
 
 def _fields_at(model: Any, location: tuple[int | str, ...]) -> list[str]:

@@ -1,11 +1,12 @@
 """How a stage trains: data, batches, optimizer, adapters, checkpoints, guards."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_medllm.config.base import Section
+from megatron_medllm.config.cluster import Seconds
 
 # Scales per block of 128 (the torch backend's own and Transformer Engine's), of earlier steps, or of the whole tensor.
 Fp8Recipe = Literal["blockwise", "delayed", "tensorwise"]
@@ -64,9 +65,23 @@ class GuardConfig(Section):
         default=5, ge=1, description="skipped steps in a row before the last checkpoint is reloaded"
     )
     stop_after: int = Field(default=20, ge=1, description="skipped steps in all before the run stops")
-    walltime_s: float | None = Field(
-        default=None, gt=0, description="stop in time for this; default: MEDLLM_WALLTIME_S or none"
+    walltime_s: Annotated[Seconds, Field(gt=0)] | None = Field(
+        default=None, description="stop in time for this, in seconds or as 12:00:00; default: MEDLLM_WALLTIME_S or none"
     )
+
+
+class WatchConfig(Section):
+    """Ranks that stop answering, and ranks that are slower than the others."""
+
+    stall_timeout_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="a rank silent, or no micro-batch begun on any rank, for so long ends the run; 0: off",
+    )
+    slow_factor: float = Field(
+        default=1.5, gt=1, description="slow: a rank whose own time of a step is above this x the median of the others"
+    )
+    slow_steps: int = Field(default=20, gt=0, description="steps over which a rank must be slow to be named")
 
 
 class TrainConfig(Section):
@@ -83,6 +98,7 @@ class TrainConfig(Section):
     fp8_recipe: Fp8Recipe = Field(default="blockwise", description="how FP8 is scaled; torch backend: blockwise")
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
     log_every_steps: int = Field(default=1, gt=0)
     validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
     validation_batches: int = Field(default=8, gt=0, description="of every source's held-out share, at most")

@@ -192,8 +192,10 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
             if indexed != source.tokens:
                 raise UserError(f"{source.prefix}.idx holds {indexed} tokens, but its manifest says {source.tokens}")
             if source.tokens:
-                if not source.weight > 0:
-                    raise UserError(f"{corpus.path}: source {source.name} has the blend weight {source.weight}")
+                if not source.weight > 0:  # such as of `replay_share: 0`; upstream asserts against it
+                    left_out = f"{corpus.path}: source {source.name} has the blend weight 0 and is left out"
+                    log_single_rank(log, logging.WARNING, left_out)
+                    continue
                 contents.append([*source.digests, hashlib.blake2b(lengths.tobytes(), digest_size=32).hexdigest()])
                 names.append(source.name if counts[source.name] == 1 else f"{corpus.path.name}-{source.name}")
                 prefixes.append(str(source.prefix))

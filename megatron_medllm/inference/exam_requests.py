@@ -27,7 +27,7 @@ class ExamPrompter:
         self.prompts: PromptSet = load_prompt_set(config.template)
         self.shots: tuple[Question, ...] = ()
         if config.shots:
-            path = config.shot_file or _find_shot_file(data)
+            path = config.shot_file or find_shot_file(data)
             shots = load_shots(path)
             if len(shots) < config.shots:
                 raise UserError(f"{path}: holds {len(shots)} worked examples, prompt.shots asks for {config.shots}")
@@ -72,7 +72,12 @@ class ExamPrompter:
         )
 
 
-def _find_shot_file(data: Sequence[Path]) -> Path:
+def find_shot_file(data: Sequence[Path]) -> Path:
+    """The worked examples that lie beside an exam's questions, or one folder up.
+
+    Raises:
+        UserError: there are none.
+    """
     for place in data:
         for directory in (place, *place.parents[:1]):
             for name in SHOT_FILES:

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME, weight_files
 from megatron_medllm.errors import UserError
 
 _WHOLE_BYTES = 256 * 2**20
@@ -15,7 +16,8 @@ def check_model_dir(model_dir: Path) -> None:
     """Refuse a directory that no engine could load.
 
     Raises:
-        UserError: names what is missing: the directory, config.json, weights or the tokenizer.
+        UserError: names what is missing: the directory, config.json, weights or the tokenizer; or what leaves a choice
+            of weights, which engines make differently.
     """
     if not model_dir.is_dir():
         raise UserError(f"{model_dir}: no such model directory")
@@ -23,6 +25,10 @@ def check_model_dir(model_dir: Path) -> None:
         raise UserError(f"{model_dir}: holds no config.json; expected a Hugging Face model directory")
     if not any(model_dir.glob("*.safetensors")) and not any(model_dir.glob("*.bin")):
         raise UserError(f"{model_dir}: holds no weights (*.safetensors)")
+    if (model_dir / SINGLE_NAME).exists() or (model_dir / INDEX_NAME).exists():
+        for path in weight_files(model_dir):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file, though {INDEX_NAME} names it")
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{model_dir}: holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy the base model's there")
 

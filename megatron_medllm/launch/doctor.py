@@ -14,6 +14,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_medllm.provenance import installed_version
+
 DISTRIBUTION = "megatron-medllm"
 SUPPORTED_PYTHON = ">=3.11,<3.13"
 LOW_DISK_BYTES = 10 * 2**30
@@ -128,14 +130,6 @@ def requirement_checks(distribution: str = DISTRIBUTION) -> list[Check]:
         return problems
     core = installed_version("megatron-core")
     return [Check("packages", "ok", f"{len(base)} requirements met; megatron-core {core}")]
-
-
-def installed_version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def visible_gpus() -> list[str]:

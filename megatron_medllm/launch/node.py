@@ -10,19 +10,27 @@ step, so the trainer gets them itself; the agent must survive them, or it would 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE
+from megatron_medllm.errors import USER_ERROR_EXIT_CODE
 from megatron_medllm.launch.jobs import RunFiles, read_specification
-from megatron_medllm.storage import write_json
+from megatron_medllm.processes import ProcessId, host_name
+from megatron_medllm.storage import read_json, write_json
 
 # Ranks that are still saving when another one has already left get this long before they are killed.
 SHUTDOWN_TIMEOUT_S = 600
 RENDEZVOUS_TIMEOUT_S = 600
+# Containers may take minutes to start, and not the same on all nodes.
+CHECK_IN_TIMEOUT_S = 600.0
+CHECK_IN_POLL_S = 0.5
+# A stalled rank gets this long to write its stack.
+STACK_WAIT_S = 10.0
 PORT_BASE, PORT_RANGE = 20_000, 10_000
 
 
@@ -33,18 +41,68 @@ def main(run: Path, stage: str) -> int:
     for name in (signal.SIGUSR1, signal.SIGTERM):
         # A handler, not SIG_IGN: that would be inherited by ranks which have not set theirs up yet.
         signal.signal(name, lambda *_: None)
-    problem = node_problem(files.run, spec)
-    if problem:
-        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        write_json(files.unfit_nodes / f"{node}.json", {"reason": problem, "job_id": os.environ.get("SLURM_JOB_ID")})
-        print(f"{node}: {problem}", file=sys.stderr)
+    unfit = unfit_nodes(files, stage, spec, node_problem(files.run, spec))
+    if unfit:
+        print("\n".join(f"{node}: {problem}" for node, problem in sorted(unfit.items())), file=sys.stderr)
         return UNFIT_NODE_EXIT_CODE
     logs = log_directory(files, stage)
     if not spec["processes_per_node"]:
         return run_once(spec["command"], logs)
     checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
     status = run_ranks(checks, spec, logs / "health", port_offset=0)
-    return status or run_ranks(spec["command"], spec, logs, port_offset=1)
+    if status:
+        return status
+    if spec["checkpoints"]:
+        verdict = (files.run / spec["checkpoints"]).parent / "watch" / "stall.json"
+        threading.Thread(target=end_stalled_ranks, args=(verdict,), daemon=True).start()
+    return run_ranks(spec["command"], spec, logs, port_offset=1)
+
+
+def end_stalled_ranks(verdict: Path) -> None:
+    """Wait for a verdict of this start's watch; the ranks of this node that it names leave their stack and are killed.
+
+    Without it a stopped rank that is alone on its node would keep the agent waiting for it (train/watch.py).
+    """
+    while not (verdict.is_file() and is_of_this_start(found := read_json(verdict))):
+        time.sleep(CHECK_IN_POLL_S)
+    silent = found["ranks"] if found["kind"] == "silent" else []
+    processes = [ProcessId(row["host"], row["pid"], row["started"]) for row in silent]
+    for number, pause_s in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, STACK_WAIT_S), (signal.SIGKILL, 0.0)):
+        for process in processes:
+            process.signal(number)
+        time.sleep(pause_s)
+
+
+def is_of_this_start(row: dict[str, Any]) -> bool:
+    """Whether a file of the trainer's watch was written in this start of this job."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return (row["job_id"], row["restart"]) == (os.environ.get("SLURM_JOB_ID"), restart)
+
+
+def unfit_nodes(files: RunFiles, stage: str, spec: dict[str, Any], problem: str | None) -> dict[str, str]:
+    """What every unfit node of this start suffers from; all nodes return the same, and leave the job together.
+
+    Each node checks in with a file in the run directory and waits for the others' files, or for the first that reports
+    a problem. Without that, the fit nodes would wait in a rendezvous for one that has left, and the job's exit status
+    would tell of the timeout, not of the node.
+    """
+    start = f"job{os.environ.get('SLURM_JOB_ID', '0')}-restart{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        start += f".{task}"
+    folder = files.launch / "check-in" / stage / start
+    write_json(folder / f"{host_name()}.json", {"problem": problem})
+    deadline = time.monotonic() + CHECK_IN_TIMEOUT_S
+    while True:
+        problems = {path.stem: read_json(path)["problem"] for path in folder.glob("[!.]*.json")}
+        unfit = {node: what for node, what in problems.items() if what}
+        if time.monotonic() > deadline:
+            absent = set(allocated_nodes()) - problems.keys()
+            unfit |= dict.fromkeys(absent, f"did not check in within {CHECK_IN_TIMEOUT_S:g} s")
+        for node, what in unfit.items():
+            write_json(files.unfit_nodes / f"{node}.json", {"reason": what, "job_id": os.environ.get("SLURM_JOB_ID")})
+        if unfit or len(problems) >= spec["nodes"] or time.monotonic() > deadline:
+            return unfit
+        time.sleep(CHECK_IN_POLL_S)
 
 
 def node_problem(run: Path, spec: dict[str, Any]) -> str | None:
@@ -130,7 +188,8 @@ def exit_status(codes: list[int]) -> int:
     """One exit status for a node's processes.
 
     A request to run again counts only if every process that failed asked for it or was interrupted beside one that
-    did; any real failure wins. Death by signal -n becomes 128 + n, as shells write it.
+    did; any real failure wins, and of these a wrong input, which no other start mends. Death by signal -n becomes
+    128 + n, as shells write it.
     """
     failed = [code for code in codes if code]
     if not failed:
@@ -138,17 +197,24 @@ def exit_status(codes: list[int]) -> int:
     interrupted = {REQUEUE_EXIT_CODE, -signal.SIGUSR1, -signal.SIGTERM}
     if REQUEUE_EXIT_CODE in failed and set(failed) <= interrupted:
         return REQUEUE_EXIT_CODE
+    if USER_ERROR_EXIT_CODE in failed:  # the others may have crashed because one gave up
+        return USER_ERROR_EXIT_CODE
     worst = next((code for code in failed if code not in interrupted), failed[0])
     return worst if worst > 0 else 128 - worst
 
 
 def first_node() -> str:
     """Host name of the allocation's first node."""
+    return allocated_nodes()[0]
+
+
+def allocated_nodes() -> list[str]:
+    """Host names of the allocation's nodes, in Slurm's order."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
-        return "localhost"
+        return ["localhost"]
     done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
+    return done.stdout.split()
 
 
 def rendezvous_port() -> int:

@@ -1,53 +1,74 @@
 """A recipe's stages as batch jobs: which script, how many nodes, how long by the planner."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+
+import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig
-from megatron_medllm.config.run import RunConfig
+from megatron_medllm.config.exam import EngineConfig
+from megatron_medllm.config.run import RunConfig, StageName
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch.jobs import StageJob
+from megatron_medllm.launch.jobs import RunFiles, StageJob
 from megatron_medllm.launch.status import last_save_time_s
+from megatron_medllm.launch.submit import submission_report, submit
 from megatron_medllm.planner import Plan, plan, require_fit
 from megatron_medllm.planner.from_config import workload_of
+from megatron_medllm.recipe.stages import Command, Stage, recipe_stages
 
-# medllm's command -> the script in slurm/
+# A stage's command -> the script in slurm/; trainings of a recipe's own sections have their own.
 SCRIPTS = {
-    "demo": "corpus",
-    "corpus": "corpus",
-    "import": "import",
-    "train": "cpt",
-    "pairs": "eval",
-    "score": "score",
-    "export": "export",
-    "eval": "eval",
-    "report": "eval",
+    Command.DEMO: "corpus",
+    Command.CORPUS: "corpus",
+    Command.TRAIN: "cpt",
+    Command.PAIRS: "eval",
+    Command.SCORE: "score",
+    Command.EXPORT: "export",
+    Command.EVAL: "eval",
+    Command.REPORT: "eval",
 }
-DISTRIBUTED = {"train", "score"}
-USES_GPU = {"train", "score", "pairs", "eval"}
+DISTRIBUTED = {Command.TRAIN, Command.SCORE}
 BENCHMARKS = ("throughput", "scoring", "generation")
 BENCH_TIME_S = 2400.0  # asked for, with the margin that every job gets: reading or drawing 72B weights takes most of it
 
 
-class RecipeStage(Protocol):
-    """What this module reads of a stage of the recipe (megatron_medllm.recipe.Stage)."""
+def submit_recipe(run: RunConfig, *, stages: list[str] | None, dry_run: bool, force: bool) -> str:
+    """Submit the recipe, or the named stages of it, as a chain of Slurm jobs.
 
-    @property
-    def name(self) -> str:
-        """Unique within the recipe."""
+    Raises:
+        UserError: an unknown stage, no section `cluster`, a plan that does not fit, or Slurm refused.
+    """
+    files, cluster = RunFiles(run.run_dir.resolve()), _cluster(run)
+    jobs = recipe_jobs(run, recipe_stages(run, files.config), cluster, only=stages, force=force)
+    return _submit(run, jobs, cluster, dry_run=dry_run)
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Follow `medllm`."""
 
-    @property
-    def after(self) -> tuple[str, ...]:
-        """Names of the stages whose results it reads."""
+def submit_bench(run: RunConfig, arguments: str, *, dry_run: bool, force: bool) -> str:
+    """Submit `medllm bench ARGUMENTS` of the recipe as one Slurm job, with the recipe's layout.
+
+    Raises:
+        UserError: no such benchmark, no section `cluster`, a plan that does not fit, or Slurm refused.
+    """
+    cluster = _cluster(run)
+    job = bench_job(run, shlex.split(arguments), cluster, config=RunFiles(run.run_dir.resolve()).config, force=force)
+    return _submit(run, [job], cluster, dry_run=dry_run)
+
+
+def _cluster(run: RunConfig) -> ClusterConfig:
+    if run.cluster is None:
+        raise UserError("medllm submit needs the section 'cluster'")
+    return run.cluster
+
+
+def _submit(run: RunConfig, jobs: list[StageJob], cluster: ClusterConfig, *, dry_run: bool) -> str:
+    config_text = yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+    return submission_report(submit(run.run_dir, jobs, cluster, config_text=config_text, dry_run=dry_run))
 
 
 def recipe_jobs(
     run: RunConfig,
-    stages: list[RecipeStage],
+    stages: list[Stage],
     cluster: ClusterConfig,
     *,
     only: list[str] | None = None,
@@ -94,53 +115,48 @@ def bench_job(
     )
 
 
-def _job(run: RunConfig, stage: RecipeStage, cluster: ClusterConfig, *, present: set[str], force: bool) -> StageJob:
-    command = stage.arguments[0]
-    distributed = command in DISTRIBUTED
+def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[str], force: bool) -> StageJob:
+    distributed = stage.command in DISTRIBUTED
     nodes = run.layout.nodes if distributed else 1
     processes = run.layout.world_size // nodes if distributed else 0
-    gpus = processes or (1 if command in USES_GPU else 0)
-    trains = _stage_trained(stage)
-    script = SCRIPTS[command] if trains in (None, "base") else trains
+    gpus = processes or _engine_gpus(stage.engine)
     job = StageJob(
         name=stage.name,
-        script=script,
+        script=SCRIPTS[stage.command] if stage.trains in (None, "base") else stage.trains,
         command=("-m", "megatron_medllm", *stage.arguments),
         nodes=nodes,
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
         after=tuple(name for name in stage.after if name in present),
     )
-    return job if trains is None else _trained_job(run, stage, cluster, job, trains=trains, force=force)
+    return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 
 
-def _stage_trained(stage: RecipeStage) -> str | None:
-    if stage.arguments[0] != "train":
-        return None
-    return next((a.removeprefix("stage=") for a in stage.arguments if a.startswith("stage=")), "cpt")
+def _engine_gpus(engine: EngineConfig | None) -> int:
+    """What one copy of the model asks for: none behind an address, `tensor_parallel` in vLLM."""
+    if engine is None or engine.kind == "openai":
+        return 0
+    return engine.tensor_parallel if engine.kind == "vllm" else 1
 
 
 def _trained_job(
-    run: RunConfig, stage: RecipeStage, cluster: ClusterConfig, job: StageJob, *, trains: str, force: bool
+    run: RunConfig, output: Path, cluster: ClusterConfig, job: StageJob, trains: StageName, *, force: bool
 ) -> StageJob:
-    output = next((Path(a.removeprefix("output=")) for a in stage.arguments if a.startswith("output=")), None)
-    folder = (output or run.run_dir / trains).resolve()
+    """The job of a training: its duration by the planner, and where its progress shows."""
+    folder = output.resolve()
     planned = planned_training(run, cluster, trains=trains, force=force)
     measured = last_save_time_s(folder / "metrics.jsonl")
-    save_time_s = measured if measured is not None else planned.checkpoint.save_time_s if planned else 60.0
-    return StageJob(
-        **{
-            **vars(job),
-            "duration_s": planned.training_time_s if planned else None,
-            "save_time_s": save_time_s,
-            "checkpoints": str(folder / "checkpoints"),
-            "metrics": str(folder / "metrics.jsonl"),
-            "total_steps": planned.total_steps if planned else None,
-        }
+    return replace(
+        job,
+        duration_s=planned.training_time_s if planned else None,
+        save_time_s=measured if measured is not None else planned.checkpoint.save_time_s if planned else 60.0,
+        checkpoints=str(folder / "checkpoints"),
+        metrics=str(folder / "metrics.jsonl"),
+        total_steps=planned.total_steps if planned else None,
     )
 
 
-def planned_training(run: RunConfig, cluster: ClusterConfig, *, trains: str, force: bool) -> Plan | None:
+def planned_training(run: RunConfig, cluster: ClusterConfig, *, trains: StageName, force: bool) -> Plan | None:
     """The plan of a training stage on the cluster's GPUs; None where there are none to plan for."""
     if not cluster.gpus:
         return None

@@ -1,5 +1,8 @@
 """A stage's batch script: the file in slurm/ with its `#SBATCH` lines filled in. The commands below them stay as is."""
 
+import re
+from pathlib import Path
+
 from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
@@ -35,16 +38,17 @@ def time_limit_s(job: StageJob, cluster: ClusterConfig) -> int:
 
 def sbatch_options(job: StageJob, *, files: RunFiles, cluster: ClusterConfig, dependency_ids: list[str]) -> list[str]:
     """The `#SBATCH` options of one job."""
-    logs = files.launch / "logs" / job.name
+    escaped = str(files.launch / "logs" / job.name).replace("%", "%%")  # Slurm would expand %j in the run's own name
+    number = "%A_%a" if job.array_size else "%j"
     options = [
-        f"--job-name=medllm-{job.name}-{files.run.name}",
+        f"--job-name={quoted(f'medllm-{job.name}-{files.run.name}')}",
         f"--nodes={job.nodes}",
         "--ntasks-per-node=1",
         f"--time={format_slurm_time(time_limit_s(job, cluster))}",
         f"--signal=USR1@{signal_lead_s(job.save_time_s)}",
         "--requeue",
         "--open-mode=append",
-        f"--output={logs}/{'%A_%a' if job.array_size else '%j'}.out",
+        f"--output={quoted(f'{escaped}/{number}.out')}",
     ]
     if cluster.gpus and job.gpus_per_node:
         options.append(f"--gpus-per-node={job.gpus_per_node}")
@@ -57,6 +61,24 @@ def sbatch_options(job: StageJob, *, files: RunFiles, cluster: ClusterConfig, de
     if dependency_ids:
         options += [f"--dependency=afterok:{':'.join(dependency_ids)}", "--kill-on-invalid-dep=yes"]
     return [*options, *cluster.extra_options]
+
+
+def quoted(value: str) -> str:
+    """A value as sbatch reads it back from an `#SBATCH` line: in double quotes where it needs them."""
+    return value if re.fullmatch(r"[^\s'\"\\#]+", value) else f'"{value}"'
+
+
+def check_run_dir(run: Path) -> None:
+    """Refuse a directory that batch scripts cannot name: neither sbatch nor PYTHONPATH has an escape for these.
+
+    Raises:
+        UserError: its path holds a quote, a backslash, a colon or a control character.
+    """
+    wrong = next((c for c in str(run) if c in "\"'\\:" or not c.isprintable()), None)
+    if wrong is not None:
+        raise UserError(
+            f"run_dir: batch scripts cannot name {str(run)!r}: it holds {wrong!r}; choose another directory"
+        )
 
 
 def render_script(script: str, options: list[str]) -> str:

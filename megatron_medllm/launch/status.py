@@ -14,6 +14,21 @@ from megatron_medllm.storage import read_json, read_jsonl
 
 # A metrics line is far shorter; the end of a long file is enough.
 TAIL_BYTES = 65536
+# The states in which a job has ended for good (slurm.h: above JOB_SUSPENDED; REVOKED: another cluster started it).
+OVER = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -54,15 +69,20 @@ def queue_states(job_ids: list[str]) -> dict[str, tuple[str, str]]:
         raise UserError(f"squeue failed: {done.stderr.strip()}")
     states: dict[str, tuple[str, str]] = {}
     for line in done.stdout.splitlines():
-        _, array_id, state, reason = line.split("|")
+        _, array_id, state, reason = line.split("|", 3)
         if array_id not in states or is_active(state):
             states[array_id] = (state, reason)
     return states
 
 
 def is_active(state: str) -> bool:
-    """Whether a job in this Slurm state will still run or is running."""
-    return state in {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
+    """Whether a job in this Slurm state will still run or is running; all that Slurm does not call over is.
+
+    Args:
+        state: as squeue or sacct spell it ("CANCELLED by 1000", "COMPLETED+"); empty for a job that is in no queue.
+    """
+    words = state.upper().replace("+", " ").split()
+    return bool(words) and words[0] not in OVER
 
 
 def active_jobs(files: RunFiles) -> list[str]:
@@ -71,6 +91,17 @@ def active_jobs(files: RunFiles) -> list[str]:
         return []
     states = queue_states(list(submitted_jobs(files).values()))
     return [job for job, (state, _) in states.items() if is_active(state)]
+
+
+def refuse_queued(run: Path) -> None:
+    """Refuse to work on a run whose jobs are queued or running, as far as this machine can tell.
+
+    Raises:
+        UserError: names the jobs.
+    """
+    active = active_jobs(RunFiles(run.resolve())) if shutil.which("squeue") else []
+    if active:
+        raise UserError(f"{run}: jobs of this run are still queued ({', '.join(active)}); see medllm status or cancel")
 
 
 def run_status(run: Path) -> list[StageStatus]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE, ClusterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
-from megatron_medllm.launch.render import SCRIPTS, render_script, sbatch_options
-from megatron_medllm.launch.status import active_jobs
+from megatron_medllm.launch.render import SCRIPTS, check_run_dir, render_script, sbatch_options
+from megatron_medllm.launch.status import refuse_queued
+from megatron_medllm.provenance import PACKAGE, git_state
+from megatron_medllm.recipe.owner import owning
 from megatron_medllm.storage import atomic_write, write_json
-
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,21 @@ def submit(
         dry_run: render everything, write and queue nothing; ids read `<cpt>`.
 
     Raises:
-        UserError: jobs of this run are still queued, Slurm refused a job (those already queued are cancelled), or
-            the site settings are missing.
+        UserError: batch scripts cannot name the run directory, jobs of this run are still queued, Slurm refused a job
+            (those already queued are cancelled), or the site settings are missing.
     """
     files = RunFiles(run.resolve())
     check_chain(jobs)
+    check_run_dir(files.run)
     if dry_run:
         placeholders = {job.name: f"<{job.name}>" for job in jobs}
         return Submission({job.name: render_job(job, files, cluster, placeholders) for job in jobs}, {})
-    active = active_jobs(files)
-    if active:
-        raise UserError(f"{run}: jobs of this run are still queued ({', '.join(active)}); see medllm status or cancel")
+    with owning(files.run, "medllm submit"):
+        return _queue_chain(files, jobs, cluster, config_text)
+
+
+def _queue_chain(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config_text: str) -> Submission:
+    refuse_queued(files.run)
     freeze(files, jobs, cluster, config_text)
     scripts: dict[str, str] = {}
     job_ids: dict[str, str] = {}
@@ -110,17 +114,6 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
         with atomic_write(path) as stream:
             stream.write(content)
     write_json(files.launch / "source.json", git_state())
-
-
-def git_state() -> dict[str, str]:
-    """Revision and uncommitted changes of the checkout; empty outside one."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout if done.returncode == 0 else ""
-
-    revision = git("rev-parse", "HEAD").strip()
-    return {"revision": revision, "changes": git("diff", "HEAD")} if revision else {}
 
 
 def queue(files: RunFiles, stage: str) -> str:

@@ -8,6 +8,8 @@ the package.
 and requeues the job when the trainer asked for it, or when a node failed its health check (then without that node).
 """
 
+from __future__ import annotations  # the node's Python may be 3.8
+
 import json
 import os
 import pathlib
@@ -15,13 +17,16 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, Dict  # noqa: UP035 # for Python 3.8
+
+Row = Dict[str, Any]  # noqa: UP006 # evaluated by Python 3.8
 
 GIVE_UP_EXIT_CODE = 3
 USER_ERROR_EXIT_CODE = 2  # what medllm exits with when the input is wrong: running again would not help
 LAST_LINES = 15
 
 
-def main(arguments):
+def main(arguments: list[str]) -> int:
     """Entry point; returns the exit status for the batch script."""
     action, run, stage = arguments[0], pathlib.Path(arguments[1]), arguments[2]
     spec = json.loads((run / "launch" / (stage + ".json")).read_text())
@@ -32,7 +37,7 @@ def main(arguments):
     return end(run, stage, spec, int(arguments[3]))
 
 
-def begin(run, stage, spec):
+def begin(run: pathlib.Path, stage: str, spec: Row) -> int:
     """Record the start. Gives up after too many starts in a row that found the same newest checkpoint."""
     step = newest_step(run, spec)
     starts = [row for row in read_history(run, stage) if row["event"] == "start" and row["job_id"] == job_id()]
@@ -51,10 +56,10 @@ def begin(run, stage, spec):
     return 0
 
 
-def end(run, stage, spec, exit_code):
+def end(run: pathlib.Path, stage: str, spec: Row, exit_code: int) -> int:
     """Write why the job ended; requeue it where another start can help. Returns the job's exit status."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script; let it finish its sentence
-    report = {"exit_code": exit_code, "step": newest_step(run, spec)}
+    report = dict({"exit_code": exit_code, "step": newest_step(run, spec)}, **verdicts(run, spec))
     if exit_code == 0:
         write_ended(run, stage, dict(report, outcome="finished", reason="finished"))
         return 0
@@ -67,14 +72,17 @@ def end(run, stage, spec, exit_code):
         unfit = unfit_nodes(run)
         reason = "health check failed: " + "; ".join(f"{node}: {why}" for node, why in sorted(unfit.items()))
         return requeue(run, stage, dict(report, reason=reason), exclude=sorted(unfit) + list(spec["exclude"]))
-    report.update(reason=f"the command failed with exit code {exit_code}", last_lines=last_error_lines(run, stage))
+    reason = f"the command failed with exit code {exit_code}"
+    if "stall" in report:
+        reason = "stalled: " + report["stall"]["reason"]
+    report.update(reason=reason, last_lines=last_error_lines(run, stage))
     if spec["checkpoints"] and exit_code != USER_ERROR_EXIT_CODE:
         return requeue(run, stage, report, exclude=[])  # a crash may be the machine's; `begin` counts them
     write_ended(run, stage, dict(report, outcome="failed"))
     return exit_code
 
 
-def requeue(run, stage, report, exclude):
+def requeue(run: pathlib.Path, stage: str, report: Row, exclude: list[str]) -> int:
     """Put the job back into the queue, off the nodes in `exclude`; it keeps its id, so the chain behind it waits."""
     write_ended(run, stage, dict(report, outcome="requeued"))
     identity = job_id()
@@ -89,7 +97,7 @@ def requeue(run, stage, report, exclude):
     return report["exit_code"]
 
 
-def scontrol_until_accepted(arguments, attempts=20):
+def scontrol_until_accepted(arguments: list[str], attempts: int = 20) -> None:
     """Slurm refuses changes while the old run is still being cleaned up: try again for a while."""
     for _ in range(attempts):
         if subprocess.run(["scontrol", *arguments], capture_output=True).returncode == 0:
@@ -98,7 +106,18 @@ def scontrol_until_accepted(arguments, attempts=20):
     print(f"supervisor: scontrol {' '.join(arguments)} was refused", file=sys.stderr)
 
 
-def newest_step(run, spec):
+def verdicts(run: pathlib.Path, spec: Row) -> Row:
+    """What the trainer's watch found in this start: who stalled it, and which ranks were slow."""
+    found = {}
+    for name in ("stall", "slow"):
+        path = (run / spec["checkpoints"]).parent / "watch" / (name + ".json") if spec.get("checkpoints") else None
+        row = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        if row.get("job_id") == os.environ.get("SLURM_JOB_ID") and row.get("restart") == restart_count():
+            found[name] = row
+    return found
+
+
+def newest_step(run: pathlib.Path, spec: Row) -> int:
     """Step of the newest complete checkpoint, -1 without one."""
     if not spec.get("checkpoints"):
         return -1
@@ -106,46 +125,46 @@ def newest_step(run, spec):
     return max([int(name[5:]) for name in names if name[5:].isdigit()], default=-1)
 
 
-def unfit_nodes(run):
+def unfit_nodes(run: pathlib.Path) -> dict[str, str]:
     """Reasons by node, from the files that failed health checks leave."""
     return {p.stem: json.loads(p.read_text())["reason"] for p in (run / "launch" / "unfit-nodes").glob("*.json")}
 
 
-def last_error_lines(run, stage):
+def last_error_lines(run: pathlib.Path, stage: str) -> list[str]:
     """The end of the longest standard-error log of this start: where the first failing rank says why."""
     logs = sorted(log_directory(run, stage).rglob("stderr.log"), key=lambda path: path.stat().st_size)
     return logs[-1].read_text(errors="replace").splitlines()[-LAST_LINES:] if logs else []
 
 
-def log_directory(run, stage):
+def log_directory(run: pathlib.Path, stage: str) -> pathlib.Path:
     """Where this start's per-rank logs are."""
     return run / "launch" / "logs" / stage / f"job{job_id()}-restart{restart_count()}"
 
 
-def job_id():
+def job_id() -> str:
     """This job's id; an array task's own."""
     return os.environ.get("SLURM_JOB_ID", "0")
 
 
-def restart_count():
+def restart_count() -> int:
     """How often Slurm has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def read_history(run, stage):
+def read_history(run: pathlib.Path, stage: str) -> list[Row]:
     """All recorded starts and ends."""
     path = run / "launch" / (stage + ".history.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def append_history(run, stage, row):
+def append_history(run: pathlib.Path, stage: str, row: Row) -> None:
     """Add one line; short appends by one writer need no temporary file."""
     stamped = dict(row, job_id=job_id(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     with open(str(run / "launch" / (stage + ".history.jsonl")), "a") as stream:
         stream.write(json.dumps(stamped) + "\n")
 
 
-def write_ended(run, stage, report):
+def write_ended(run: pathlib.Path, stage: str, report: Row) -> None:
     """Replace STAGE.ended.json, and keep the line in the history."""
     report = dict(report, restart=restart_count(), logs=str(log_directory(run, stage)))
     path = run / "launch" / (stage + ".ended.json")

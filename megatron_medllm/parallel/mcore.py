@@ -1,11 +1,7 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
 import math
-import pickle
-import queue
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +16,9 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
     load_sharded_metadata,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
@@ -38,12 +28,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
+from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
@@ -107,7 +98,9 @@ def build_optimizer(
             exp_avg_sq_dtype=moments,
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
+    mend_saved_state(built)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
@@ -177,8 +170,16 @@ def sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, 
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {name: _chunk_state(chunk, metadata) for name, chunk in zip(names, chunks, strict=True)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        if is_loading:
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+        else:
+            state["optimizer"] = optimizer_state(optimizer, state, metadata)
     return state
+
+
+def local_state(state: dict[str, Any]) -> LocalState:
+    """What this process writes of a sharded state: data-parallel ranks divide it evenly. Collective."""
+    return divide_state(state, _data_parallel_group())
 
 
 def _chunk_state(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -203,82 +204,7 @@ def _is_partly_frozen(chunk: nn.Module) -> bool:
 def stored_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this process will write; replicas count once over all processes."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
-    return sum(entry.data.nbytes for entry in tensors if _is_main_replica(entry.replica_id))
-
-
-def _is_main_replica(replica_id: int | tuple[int, ...]) -> bool:
-    return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
-
-
-class SaveError(Exception):
-    """The tensors of a checkpoint could not be written."""
-
-
-class _ResultsFile:
-    """What the writing process hands back, in an unnamed file: a pipe would block where nobody reads it yet."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the writer)
-
-    def put(self, result: Any) -> None:
-        pickle.dump(result, self._file)
-        self._file.flush()
-
-    def get_nowait(self) -> Any:
-        if self.empty():
-            raise queue.Empty
-        self._file.seek(0)
-        result = pickle.load(self._file)
-        self._file.seek(0)
-        self._file.truncate()
-        return result
-
-    def empty(self) -> bool:
-        return self._file.seek(0, 2) == 0
-
-
-class StateWriter:
-    """Writes sharded states, each data-parallel rank its part, in child processes that hold a copy of the tensors."""
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
-
-    def start(self, state: dict[str, Any], directory: Path, *, wait: bool) -> None:
-        """Write a state into an existing empty directory; without `wait` until `finished` says so. Collective.
-
-        Raises:
-            SaveError: on every process, if one could not write.
-        """
-        # Upstream starts a manager process for this queue, slowly, and it outlives a trainer that is killed.
-        filesystem_async._results_queue = _ResultsFile()
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
-        with _save_errors():
-            request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=True)
-            if wait:
-                request.execute_sync()
-            else:
-                self._queue.schedule_async_request(request)
-
-    def finished(self, *, block: bool) -> bool:
-        """Whether everything that was started is written on all processes. Collective.
-
-        Raises:
-            SaveError: on every process, if one could not write.
-        """
-        with _save_errors():
-            self._queue.maybe_finalize_async_calls(blocking=block)
-        return self._queue.get_num_unfinalized_calls() == 0
-
-
-@contextmanager
-def _save_errors() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:  # the causes are known on the process that coordinates
-        causes = [str(cause) for cause, _ in error.failures.values()] or ["another process could not write"]
-        raise SaveError("; ".join(dict.fromkeys(causes))) from error
-    except OSError as error:
-        raise SaveError(str(error)) from error
+    return sum(entry.data.nbytes for entry in tensors if is_written_here(entry))
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.parallel import adam
+from megatron_medllm.parallel import adam, alone
 from megatron_medllm.parallel.context import ContextSplit
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runtime:
+def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0, alone_as: int | None = None) -> Runtime:
     """Join the process group and lay out Megatron-Core's groups over it.
 
     On a machine without CUDA, `megatron.core` is redirected to the CPU first and gloo carries the communication.
@@ -60,11 +60,14 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         layout: parallel sizes; their product must be the world's size.
         seed: for weights and dropout; tensor-parallel ranks derive their own from it.
         timeout_s: after which a collective without an answer fails.
+        alone_as: be this rank of the layout, whose other ranks do not exist (`parallel.alone`).
 
     Raises:
         UserError: the layout does not fit the number of processes, or needs what this machine lacks.
     """
-    world_size = launched_world_size()
+    world_size = launched_world_size() if alone_as is None else layout.world_size
+    if alone_as is not None and not 0 <= alone_as < world_size:
+        raise UserError(f"rank {alone_as} is not one of the layout's {world_size} (0 to {world_size - 1})")
     if world_size != layout.world_size:
         raise UserError(f"layout needs {layout.world_size} processes, but {world_size} were started")
     device = local_device(cuda=torch.cuda.is_available(), environment=os.environ)
@@ -77,7 +80,10 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         from megatron_medllm.parallel import cpu
 
         cpu.install()
-    dist.init_process_group(**group_settings(device, os.environ, world_size=world_size, timeout_s=timeout_s))
+    if alone_as is None:
+        dist.init_process_group(**group_settings(device, os.environ, world_size=world_size, timeout_s=timeout_s))
+    else:
+        alone.join(rank=alone_as, world_size=world_size)
 
     from megatron.core import parallel_state, tensor_parallel
 
@@ -86,6 +92,8 @@ def start(layout: LayoutConfig, *, seed: int, timeout_s: float = 600.0) -> Runti
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        distributed_timeout_minutes=timeout_s / 60,  # of every group; upstream's own 30 minutes otherwise
+        create_gloo_process_groups=False,  # beside NCCL's, for gathers that we do not make; one would keep 30 minutes
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -19,6 +19,8 @@ MOMENTS_BYTES = 8  # Adam's two moments, fp32
 MAIN_WEIGHT_BYTES = 4
 # Share of the activations' bytes that the caching allocator cannot reuse (expandable segments keep it small).
 FRAGMENTATION = 0.05
+# The interpreter, torch and Megatron-Core once imported, measured on a CPU: 428 MB.
+CPU_PROCESS_BYTES = 428_000_000
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,24 @@ class StageMemory:
         return sum(self.parts.values())
 
 
-def stage_memory(workload: Workload, *, stage: int, reserved_bytes: int = 0) -> StageMemory:
-    """Bytes on the fullest rank of `stage`. `reserved_bytes`: CUDA context, cuBLAS and NCCL, from the hardware."""
+def stage_memory(workload: Workload, *, stage: int, reserved_bytes: int = 0, on_cpu: bool = False) -> StageMemory:
+    """Bytes on the fullest rank of `stage`. `reserved_bytes`: CUDA context, cuBLAS and NCCL, from the hardware.
+
+    With `on_cpu` it is a process's memory where there is no GPU: its layers save more, for little is fused there.
+    """
     chunks = stage_chunks(workload, stage=stage)
     parts = {
         **weight_bytes(workload, stage=stage),
         **optimizer_bytes(workload, stage=stage, dp_rank=0),
         "fp8 copies": fp8_copy_bytes(workload, chunks),
-        "activations": activation_bytes(workload, stage=stage),
+        "activations": activation_bytes(workload, stage=stage, on_cpu=on_cpu),
         "working set": working_set_per_token(workload) * workload.local_tokens + largest_weight_bytes(workload, chunks),
         "head workspace": head_workspace_bytes(workload) if stage == workload.layout.pp - 1 else 0,
         "communication": communication_bytes(workload),
     }
     dynamic = parts["activations"] + parts["working set"] + parts["head workspace"]
     parts["fragmentation"] = int(FRAGMENTATION * dynamic)
-    parts["context and NCCL"] = reserved_bytes
+    parts["process" if on_cpu else "context and NCCL"] = CPU_PROCESS_BYTES if on_cpu else reserved_bytes
     return StageMemory(stage, {name: size for name, size in parts.items() if size})
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_medllm.errors import UserError
 from megatron_medllm.planner.flops import model_flops_per_token
 from megatron_medllm.planner.hardware import Hardware, load_hardware
+from megatron_medllm.planner.host_memory import save_host_bytes
 from megatron_medllm.planner.memory import StageMemory, stage_memory
 from megatron_medllm.planner.parameters import chunk_weights, total_parameters
 from megatron_medllm.planner.reliability import Reliability, reliability
@@ -20,6 +21,8 @@ class Checkpoint:
     optimizer_bytes: int
     save_time_s: float
     hf_export_bytes: int
+    host_bytes: int  # that a save adds to a process's host memory, one tensor at a time
+    background_host_bytes: int  # likewise with `async_save`
 
     @property
     def total_bytes(self) -> int:
@@ -42,6 +45,12 @@ class Plan:
     def peak_stage(self) -> StageMemory:
         """The stage that needs the most memory."""
         return max(self.stages, key=lambda s: s.total_bytes)
+
+    @property
+    def cpu_stage(self) -> StageMemory:
+        """The stage whose processes need the most memory on a machine without GPUs."""
+        stages = range(self.workload.layout.pp)
+        return max((stage_memory(self.workload, stage=s, on_cpu=True) for s in stages), key=lambda s: s.total_bytes)
 
     @property
     def fits(self) -> bool:
@@ -113,11 +122,19 @@ def plan_checkpoint(workload: Workload, hardware: Hardware) -> Checkpoint:
             weights = chunk_weights(workload, stage=stage, chunk=chunk)
             trained += sum(w.numel for w in weights if w.adapter or not workload.frozen_base)
     trained *= workload.layout.tp
-    main = 0 if workload.precision == "fp32" else 4
+    # The distributed optimizer stores an fp32 copy even of fp32 weights.
+    main = 0 if workload.precision == "fp32" and not workload.layout.distributed_optimizer else 4
     weights_bytes, optimizer = trained * workload.compute_bytes, trained * (main + 8)
     nodes = -(-workload.layout.world_size // hardware.gpus_per_node)
     save = (weights_bytes + optimizer) / storage_bandwidth(hardware, nodes)
-    return Checkpoint(weights_bytes, optimizer, save, 2 * total_parameters(workload.shape))
+    return Checkpoint(
+        weights_bytes,
+        optimizer,
+        save,
+        2 * total_parameters(workload.shape),
+        host_bytes=save_host_bytes(workload, in_background=False),
+        background_host_bytes=save_host_bytes(workload, in_background=True),
+    )
 
 
 def require_fit(found: Plan) -> None:

@@ -47,10 +47,15 @@ def plan_report(found: Plan) -> str:
 
 
 def _duration_lines(found: Plan) -> list[str]:
-    saved, failures = found.checkpoint, found.reliability
+    saved, failures, cpu = found.checkpoint, found.reliability, found.cpu_stage
+    part, size = max(cpu.parts.items(), key=lambda item: item[1])
     lines = [
         f"Checkpoint: {saved.total_bytes / GIB:,.1f} GiB in about {saved.save_time_s:,.0f} s; Hugging Face export "
         f"{saved.hf_export_bytes / GIB:,.1f} GiB",
+        f"Host memory that a save adds: {saved.background_host_bytes / GIB:,.2f} GiB a process in the background "
+        f"(async_save), {saved.host_bytes / GIB:,.2f} GiB otherwise",
+        f"Without GPUs: {cpu.total_bytes / GIB:,.1f} GiB a process, {size / GIB:,.1f} of them {part} "
+        "(a stream of micro_batch_size x sequence_length tokens; layout.recompute=full lowers it)",
         f"Failures: one in {failures.mtbf_s / 3600:,.0f} h; save every {failures.daly_interval_s / 60:,.0f} min; "
         f"{100 * failures.efficiency:.1f} % of the wall clock trains",
     ]
@@ -78,6 +83,9 @@ def plan_values(found: Plan) -> dict[str, Any]:
         "mfu_causal": found.mfu(),
         "mfu_full_attention": found.mfu(causal=False),
         "checkpoint_bytes": found.checkpoint.total_bytes,
+        "cpu_memory_bytes": found.cpu_stage.parts,
+        "save_host_bytes": found.checkpoint.host_bytes,
+        "background_save_host_bytes": found.checkpoint.background_host_bytes,
         "checkpoint_save_time_s": found.checkpoint.save_time_s,
         "daly_interval_s": found.reliability.daly_interval_s,
         "training_time_s": found.training_time_s,

@@ -1,13 +1,19 @@
 """Starts this machine's processes when a command needs more than one and nobody else started them."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
+
+# After a rank has failed the others get this long to end, as srun gives them (slurm/env.sh).
+SHUTDOWN_TIMEOUT_S = 120.0
 
 
 def start_ranks_if_needed(layout: LayoutConfig) -> None:
@@ -64,7 +70,7 @@ def run_ranks(arguments: list[str], *, processes: int) -> int:
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout."""
-    status = 0
+    status, deadline = 0, math.inf
     waiting = list(ranks)
     while waiting:
         for rank in list(waiting):
@@ -75,9 +81,13 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
             waiting.remove(rank)
             if code and not status:
                 status = code
-                if code not in (0, 85):
+                if code != REQUEUE_EXIT_CODE:
                     for other in waiting:
                         other.terminate()
+                    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+        if time.monotonic() > deadline:  # a stopped process never sees SIGTERM, a hung one never acts on it
+            for other in waiting:
+                other.kill()
     return status if status >= 0 else 128 - status
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -17,11 +18,12 @@ from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.guard import LossGuard
-from megatron_medllm.train.metrics import MetricsLog
+from megatron_medllm.train.metrics import MetricsLog, forget_wandb_run
 from megatron_medllm.train.one_step import StepResult, run_step
 from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
+from megatron_medllm.train.watch import watching
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,16 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
     Raises:
         UserError: the configuration and the inputs do not fit, or the run went wrong beyond repair.
     """
+    started = time.monotonic()
     check_inputs(run)
     ranks = runtime.start(run.layout, seed=run.seed)
     try:
         trainer = build_trainer(run, ranks)
         try:
             first = _resume(trainer) if resume else 0
-            if not _fit(trainer, first):
+            if not resume and trainer.runtime.is_main:
+                forget_wandb_run(run.output_dir())
+            if not _fit(trainer, first, started):
                 return REQUEUE_EXIT_CODE
             _export(trainer)
             return 0
@@ -69,16 +74,21 @@ def _export(trainer: Trainer) -> None:
         write_json(hf_dir / "generation_config.json", {"eos_token_id": trainer.step.end_token_id})
 
 
-def _fit(trainer: Trainer, first: int) -> bool:
-    """Run steps [first, total); False when a signal or the clock stopped it early, after a save."""
+def _fit(trainer: Trainer, first: int, started: float) -> bool:
+    """Run steps [first, total) of a training begun at `started`; False when a signal or the clock stopped it, saved."""
     step_object, ranks, config = trainer.step, trainer.runtime, trainer.config
     books = _Books(trainer, first)
     guard = LossGuard(config.guard)
     step = first
-    with progress(trainer.run.stage, total=step_object.total_steps) as bar, stop_requests(config.guard) as stop:
+    with (
+        progress(trainer.run.stage, total=step_object.total_steps) as bar,
+        stop_requests(config.guard, started) as stop,
+        watching(trainer, first) as watch,
+    ):
         while step < step_object.total_steps:
-            clock = StepClock()
+            clock = StepClock(watch.enter)
             done = run_step(trainer, step, clock, veto=guard.problem)
+            done.metrics.update(watch.end_step(step, clock))
             stop.note_step(clock.seconds())
             books.record(step, done, clock)
             step += 1

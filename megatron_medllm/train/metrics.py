@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard always, Weights & Biases when configured."""
 
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write
+
+_WANDB_ID = "wandb-run-id"
 
 
 class MetricsLog:
@@ -44,9 +47,23 @@ class MetricsLog:
             self._wandb.finish()
 
 
+def wandb_run_id(directory: Path) -> str:
+    """The id of a stage's W&B run: made up once, then the same at every restart, so that a requeue goes on in it."""
+    path = directory / _WANDB_ID
+    if not path.is_file():
+        with atomic_write(path) as stream:
+            stream.write(secrets.token_hex(8).encode())
+    return path.read_text().strip()
+
+
+def forget_wandb_run(directory: Path) -> None:
+    """Let the stage begin a new W&B run: its steps begin at 1 again, which a W&B run cannot."""
+    (directory / _WANDB_ID).unlink(missing_ok=True)
+
+
 def _start_wandb(project: str, directory: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
         raise UserError(f"wandb_project={project!r} is set, but wandb is not installed (pip install wandb)") from None
-    return wandb.init(project=project, dir=str(directory), config=config, resume="allow")
+    return wandb.init(project=project, dir=str(directory), config=config, id=wandb_run_id(directory), resume="allow")

@@ -37,7 +37,7 @@ def reference_adapter(run: RunConfig, config: RpoConfig) -> AdapterConfig | None
 
 def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> ReferenceKey:
     """What the reference log-probabilities of this run depend on. Collective: the ranks share the model's files out."""
-    adapter, path = quantized_base(config), config.adapter and config.adapter.path
+    adapter, path = quantized_base(config), None if config.adapter is None else config.adapter.path
     return ReferenceKey(
         weights=digest_random_weights(run) if run.model.path is None else digest_weights(run.model.path),
         pairs=digest_pairs(pair_set),

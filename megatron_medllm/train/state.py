@@ -4,8 +4,8 @@ A checkpoint `step-00000042/` holds Megatron-Core's distributed checkpoint, what
 hf/), `state.json` (step, identity of the run) and `digests.json` (SHA-256 of every file). Only directories with a
 matching `digests.json` are ever resumed from.
 
-With `async_save` the tensors are written by child processes and sealed by a thread while training goes on. A save that
-fails, on a full disk mostly, is reported and leaves nothing behind; training goes on and tries again at the next one.
+With `async_save` the tensors are written and sealed by threads while training goes on. A save that fails, on a full
+disk mostly, is reported and leaves nothing behind; training goes on and tries again at the next one.
 """
 
 import logging
@@ -23,9 +23,11 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
+from megatron_medllm.checkpoint.state_writer import SaveError, StateWriter
 from megatron_medllm.config.train import CheckpointConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore
+from megatron_medllm.parallel.agree import wait_for_all
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import digest_file, read_json, write_json
 
@@ -68,7 +70,7 @@ class Checkpoints:
         """
         self.directory, self._config, self._runtime = directory, config, runtime
         self._identity, self._describe = identity, describe
-        self._writers = mcore.StateWriter()
+        self._writers = StateWriter()
         self._sealer = ThreadPoolExecutor(max_workers=1)
         self._pending: _Save | None = None
         self.save_s: float | None = None  # seconds that the last whole checkpoint took, on the main process
@@ -91,7 +93,7 @@ class Checkpoints:
             try:
                 self._writers.start(state, save.partial, wait=wait or not self._config.async_save)
                 self._pending = save
-            except mcore.SaveError as error:
+            except SaveError as error:
                 problem = str(error)
         if problem is not None:
             self._give_up(save, problem)
@@ -129,7 +131,7 @@ class Checkpoints:
             return
         try:
             written = self._writers.finished(block=block)
-        except mcore.SaveError as error:
+        except SaveError as error:
             self._pending = None
             self._give_up(save, str(error))
             return
@@ -148,6 +150,7 @@ class Checkpoints:
         save = self._pending
         if save is None or save.sealing is None:
             return False
+        wait_for_all(save.sealing.done)
         answer = [save.sealing.result()]
         dist.broadcast_object_list(answer, src=0)
         self._pending = None
@@ -158,8 +161,14 @@ class Checkpoints:
     def _give_up(self, save: _Save, problem: str) -> None:
         if self._runtime.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
-            free = shutil.disk_usage(self.directory).free / 1e9
-            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%.2f GB free)", save.step, problem, free)
+            log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%s)", save.step, problem, self._free())
+
+    def _free(self) -> str:
+        """What the disk has left; it may be the disk that is gone, and the other processes wait for this one."""
+        try:
+            return f"{shutil.disk_usage(self.directory).free / 1e9:.2f} GB free"
+        except OSError as error:
+            return f"free space unknown: {error.strerror}"
 
     def _seal_on_main(self, save: _Save) -> str | None:
         """Make written tensors a checkpoint; what went wrong, if anything. Local: it may run beside training."""
@@ -168,7 +177,7 @@ class Checkpoints:
         try:
             self._describe(save.partial)
             write_json(save.partial / _STATE, {"step": save.step, **self._identity})
-            write_json(save.partial / _DIGESTS, _digests(save.partial))
+            write_json(save.partial / _DIGESTS, _digests(save.partial, known=self._writers.digests))
             shutil.rmtree(save.final, ignore_errors=True)
             save.partial.rename(save.final)
             self._prune()
@@ -228,10 +237,9 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in found)
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    names = _files(directory)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: digest_file(directory / name), names), strict=True))
+def _digests(directory: Path, *, known: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of every file; what its writer hashed is not read again."""
+    return {name: known.get(name) or digest_file(directory / name) for name in _files(directory)}
 
 
 def verify(path: Path, *, part: int = 0, parts: int = 1) -> str | None:

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,14 @@ from megatron_medllm.planner.workload import Workload
 
 
 class StepClock:
-    """Seconds of a step and of its named parts."""
+    """Seconds of a step and of its named parts.
 
-    def __init__(self) -> None:
+    Args:
+        on_part: told each part's name as it begins, and "" as it ends.
+    """
+
+    def __init__(self, on_part: Callable[[str], None] | None = None) -> None:
+        self._on_part = on_part or (lambda _: None)
         self._started = time.monotonic()
         self.parts: dict[str, float] = {}
 
@@ -26,18 +31,25 @@ class StepClock:
     def part(self, name: str) -> Iterator[None]:
         """Time a block; on CUDA up to the end of its kernels."""
         started = time.monotonic()
+        self._on_part(name)
         yield
         if torch.cuda.is_available():  # a CPU has no queue of kernels to wait for
             torch.cuda.synchronize()
         self.parts[name] = time.monotonic() - started
+        self._on_part("")
 
     def seconds(self) -> float:
         """Since the step began."""
         return time.monotonic() - self._started
 
 
-# what torch calls a device -> the planner's description of it
-_DEVICES = (("H200", "h200"), ("H100", "h100-sxm"), ("A100-SXM4-80GB", "a100-80g"))
+# What torch calls a device, in full -> the planner's description of it. Others of a family (H100 PCIe and NVL, H800,
+# H20, GH200, a slice of a GPU) have other peaks.
+_DEVICES = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+}
 
 
 class Throughput:
@@ -86,8 +98,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def known_hardware(device: torch.device) -> str | None:
     """The planner's name of a device; None where it knows none."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((hardware for part, hardware in _DEVICES if part in name), None)
+    return _DEVICES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops(workload: Workload, hardware: str) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
@@ -96,9 +97,7 @@ def train(job: dict[str, Any]) -> None:
         mcore.clip_and_step(optimizer, clip_grad=1.0)
     if "save" in job:
         Path(job["save"]).mkdir(exist_ok=True)
-        mcore.StateWriter().start(
-            mcore.sharded_state(chunks, optimizer, is_loading=False), Path(job["save"]), wait=True
-        )
+        StateWriter().start(mcore.sharded_state(chunks, optimizer, is_loading=False), Path(job["save"]), wait=True)
     torch.save(
         {"losses": losses, "gradients": gradients, "tp_rank": ranks.tp_rank, "dp_rank": ranks.dp_rank},
         Path(job["out"]) / f"{job['name']}.{ranks.rank}.pt",

@@ -14,6 +14,7 @@ from torch import nn
 from megatron_medllm.checkpoint.convert import export_checkpoint
 from megatron_medllm.checkpoint.hf_reader import load_hf_weights
 from megatron_medllm.checkpoint.hf_writer import export_hf
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.errors import UserError
@@ -69,7 +70,7 @@ def check_layout(layout: LayoutConfig, work: Path, name: str) -> None:
     if here.is_main:
         saved.mkdir()
     dist.barrier()
-    mcore.StateWriter().start(mcore.sharded_state(chunks, None, is_loading=False), saved, wait=True)
+    StateWriter().start(mcore.sharded_state(chunks, None, is_loading=False), saved, wait=True)
     dist.barrier()
     if here.is_main:
         export_checkpoint(saved, work / "from_saved", source_dir=hf_dir)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_medllm.bench import rank
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
@@ -37,31 +38,14 @@ def held_bytes(case: dict[str, Any]) -> dict[str, int]:
         chunk.start_grad_sync()
         chunk.finish_grad_sync()
     mcore.clip_and_step(optimizer, clip_grad=0.0)
-    buffers = [b for chunk in chunks for b in chunk.buffers]
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage() for c in chunks for p in c.parameters()}
     found = {
         "rank": ranks.rank,
         "stage": ranks.pp_rank,
         "dp_rank": ranks.dp_rank,
-        "weights": sum(storage.nbytes() for storage in weights.values()),
-        "gradients": sum(b.grad_data.nbytes for b in buffers),
-        **optimizer_bytes(optimizer, weights),
+        **rank.held_bytes(chunks, optimizer),
     }
     runtime.stop()
     return found
-
-
-def optimizer_bytes(optimizer: Any, weights: dict[int, Any]) -> dict[str, int]:
-    """Moments, and the fp32 main weights that are not views of the model's own."""
-    main = moments = 0
-    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in leaf.optimizer.param_groups:
-            for shard in group["params"]:
-                state = leaf.optimizer.state[shard]
-                moments += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
-                if shard.untyped_storage().data_ptr() not in weights:
-                    main += shard.nbytes
-    return {"main weights": main, "optimizer moments": moments}
 
 
 if __name__ == "__main__":

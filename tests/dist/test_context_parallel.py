@@ -29,9 +29,7 @@ def directory(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             write_recipe(cpt_settings(tiny_world, place / name, layout=layout, cpt=STEPS), place / name / "recipe.yaml")
             for name, layout in layouts.items()
         ]
-        run_ranks(
-            world_size, "tests.dist.train_ranks", *map(str, recipes), timeout_s=300, runtimes=len(recipes)
-        )
+        run_ranks(world_size, "tests.dist.train_ranks", *map(str, recipes), timeout_s=300, runtimes=len(recipes))
     assert train(run_config(cpt_settings(tiny_world, place / "one", cpt=STEPS))) == 0
     return place
 

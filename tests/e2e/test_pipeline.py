@@ -1,12 +1,13 @@
 """The whole recipe on a very small invented world: from nothing to the report, again, changed, broken, interrupted."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from tiny_run import SHAPE, medllm, run_medllm, small_recipe, write_recipe
+from tiny_run import SHAPE, cpt_settings, medllm, run_medllm, small_recipe, write_recipe
 
 
 def stages(run_dir: Path) -> dict[str, tuple[str, float]]:
@@ -72,22 +73,88 @@ def test_a_failing_stage_names_its_log(finished, tmp_path):
     assert "Traceback" not in output
 
 
-def test_interrupted_in_training_it_goes_on(tmp_path):
-    settings = small_recipe(tmp_path / "run")
-    settings["base"] |= {"train_tokens": 60 * 512, "checkpoint": {"every_steps": 10}}
+def interruptible(directory: Path, *, steps: int = 60) -> Path:
+    """A recipe that trains for a while."""
+    settings = small_recipe(directory / "run")
+    settings["base"] |= {"train_tokens": steps * 512, "checkpoint": {"every_steps": 10}}
     settings |= {"cpt": None, "pairs": None, "rpo": None, "eval": None}
-    path = write_recipe(settings, tmp_path / "recipe.yaml")
-    process = medllm("pipeline", path)
-    metrics = tmp_path / "run" / "base" / "metrics.jsonl"
-    while process.poll() is None and not metrics.is_file():
+    return write_recipe(settings, directory / "recipe.yaml")
+
+
+def hear_signals() -> None:
+    """In a child: the terminal's signals, which a test run in the background (nohup, &) would inherit as ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def wait_for(path: Path, process) -> None:
+    while process.poll() is None and not path.is_file():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_interrupted_in_training_it_goes_on(tmp_path, number):
+    path, metrics = interruptible(tmp_path), tmp_path / "run" / "base" / "metrics.jsonl"
+    process = medllm("pipeline", path, preexec_fn=hear_signals)
+    wait_for(metrics, process)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
-    assert "run the same command again" in output
+    assert process.returncode == 128 + number, output
+    if number != signal.SIGHUP:  # then there is no terminal to tell
+        assert "run the same command again" in output
+    assert "Traceback" not in output and not (tmp_path / "run" / "owner.json").exists()
     status, output = run_medllm("pipeline", path)
     assert status == 0, output
     log = (tmp_path / "run" / "logs" / "base.log").read_text()
     assert "resuming from" in log
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, 61))
+
+
+def test_a_second_pipeline_is_refused_by_name(tmp_path):
+    path = interruptible(tmp_path, steps=5000)
+    first = medllm("pipeline", path)
+    wait_for(tmp_path / "run" / "owner.json", first)
+    try:
+        status, output = run_medllm("pipeline", path)
+        assert status == 2 and "Traceback" not in output
+        assert f"medllm pipeline (process {first.pid} on " in output and first.poll() is None
+    finally:
+        first.terminate()
+        first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM
+
+
+def test_a_killed_pipelines_training_is_ended_before_the_next_one_begins(tmp_path):
+    path, metrics = interruptible(tmp_path), tmp_path / "run" / "base" / "metrics.jsonl"
+    process = medllm("pipeline", path)
+    wait_for(metrics, process)
+    process.kill()
+    process.wait()
+    status, output = run_medllm("pipeline", path)
+    assert status == 0, output
+    assert "stage base (process" in output and "has outlived its pipeline" in output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 61))  # one trainer at a time wrote them
+
+
+def test_a_changed_exam_is_sat_again_and_the_training_stays(tiny_world, exam_dir, tmp_path):
+    """The inputs of a real run: an exam, a model and a corpus that no stage makes."""
+    exam = shutil.copytree(exam_dir, tmp_path / "exam")
+    settings = cpt_settings(tiny_world, tmp_path / "run")
+    settings["cpt"] |= {"train_tokens": 2 * 8 * 64}
+    settings["eval"] = {"exam": {"name": "mine", "data": [str(exam)]}, "engine": {"dtype": "float32"}}
+    settings["eval"]["decoding"] = {"max_new_tokens": {"answer_only": 2, "explained": 4}}
+    settings["base"] = settings["cpt"]  # from random weights; the base is examined too
+    settings.pop("cpt")
+    path = write_recipe(settings, tmp_path / "recipe.yaml")
+    status, output = run_medllm("pipeline", path)
+    assert status == 0, output
+    before = stages(tmp_path / "run")
+    changed = next(file for file in sorted(exam.rglob("*.jsonl")) if "fewshot" not in file.name)
+    changed.write_text(changed.read_text() + "\n")
+    status, output = run_medllm("pipeline", path)
+    assert status == 0, output
+    after = stages(tmp_path / "run")
+    assert {name for name in after if after[name] != before[name]} == {"eval-base", "report"}
+    assert f"eval-base: {changed} changed" in output and "report: stage eval-base was redone" in output

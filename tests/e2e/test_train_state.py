@@ -1,5 +1,6 @@
 """Training state: killed, cut short, out of disk, saved in the background, resumed with adapters, exported."""
 
+import errno
 import json
 import math
 import os
@@ -150,8 +151,19 @@ def test_writers_that_fail_leave_nothing_and_the_last_save_must_succeed(tiny_wor
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for step in (2, 4, 6):
-        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: Worker failure" in caplog.text
+        assert f"THE CHECKPOINT OF STEP {step} COULD NOT BE WRITTEN: rank 0 on " in caplog.text
+    assert caplog.text.count("__0_0.distcp: File too large") == 3
     assert list((tmp_path / "cpt" / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_is_gone_is_reported_like_a_full_one(tiny_world, tmp_path, monkeypatch, caplog):
+    def gone(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(shutil, "disk_usage", gone)
+    with pytest.raises(UserError, match="the state after step 6 could not be saved"):
+        train(run_config(cpt_settings(tiny_world, tmp_path)))
+    assert caplog.text.count("Stale file handle (free space unknown: Stale file handle)") == 3
 
 
 def test_a_checkpoint_exports_to_the_models_weights(reference, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from local_slurm import LOCAL_SLURM, PATIENCE_S, LocalSlurm, output
 
+from megatron_medllm.launch.jobs import StageJob
+
 
 def lives(pid: int) -> bool:
     """Whether the process is there and not a zombie."""
@@ -33,3 +35,13 @@ def test_a_second_cluster_goes_down_with_its_owner(slurm: LocalSlurm, tmp_path: 
         assert time.monotonic() < deadline, f"still there: {[n for n, pid in processes.items() if lives(pid)]}"
         time.sleep(0.1)
     assert slurm.node_state("n1") == "idle"
+
+
+def test_a_run_directory_with_spaces_and_percent_signs(slurm: LocalSlurm, tmp_path: Path) -> None:
+    run = tmp_path / "a run of 50%j #1"
+    job = StageJob(name="corpus", script="corpus", command=("-c", "print('こんにちは')"))
+    job_ids = slurm.submit(run, [job])
+    slurm.wait_for_chain(run, job_ids)
+    log = run / "launch" / "logs" / "corpus" / f"{job_ids['corpus']}.out"
+    assert "こんにちは" in log.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [run.name]

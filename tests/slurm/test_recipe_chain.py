@@ -8,8 +8,8 @@ from tiny_run import small_recipe, write_recipe
 
 from megatron_medllm.config.run import load
 from megatron_medllm.launch.jobs import RunFiles
+from megatron_medllm.launch.recipe_jobs import submit_recipe
 from megatron_medllm.launch.status import run_status, submitted_jobs
-from megatron_medllm.recipe import submit_recipe
 from megatron_medllm.storage import read_json
 
 STAGES = [

@@ -4,6 +4,7 @@ The trainer is `fake_trainer.py`; everything around it (scripts, supervisor, nod
 """
 
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,28 @@ def test_an_unfit_node_is_excluded(slurm: LocalSlurm, tmp_path: Path) -> None:
     assert unfit == {first["nodes"], second["nodes"]}
     excluded = next(row for row in read_jsonl(RunFiles(run).history("cpt")) if row["event"] == "end")
     assert "0 usable GPUs, 1 expected" in excluded["reason"]
+
+
+def test_an_unfit_node_among_several_is_excluded_at_once(slurm: LocalSlurm, tmp_path: Path) -> None:
+    """The fit nodes leave with it: nobody waits in a rendezvous, and the restart is on the others."""
+    driver, broken = tmp_path / "bin" / "nvidia-smi", tmp_path / "broken-node"
+    driver.parent.mkdir()
+    driver.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = "$(cat {broken})" ] || echo "GPU 0: made up"\n')
+    driver.chmod(0o755)
+    site = tmp_path / "env.sh"
+    site.write_text(f"export PATH={driver.parent}:$PATH\n" + slurm.environment_file.read_text())
+    broken.write_text("n2")
+    run = tmp_path / "run"
+    job = training(run, 10, processes_per_node=1, gpus_per_node=1)
+    ids = slurm.submit(run, [job], gpus=True, env_file=site)
+    slurm.wait_for_state(ids["cpt"], "COMPLETED")
+    history = list(read_jsonl(RunFiles(run).history("cpt")))
+    assert [row["event"] for row in history] == ["start", "end", "start", "end"]
+    assert history[1]["reason"] == "health check failed: n2: 0 usable GPUs, 1 expected"
+    began, found = (datetime.fromisoformat(row["time"]) for row in history[:2])
+    assert (found - began).total_seconds() < 60
+    assert output("scontrol", "show", "hostnames", history[2]["nodes"]).split() == ["n1", "n3"]
+    assert {path.stem for path in RunFiles(run).unfit_nodes.glob("*.json")} == {"n2"}
 
 
 def test_cancel_ends_this_run_only(slurm: LocalSlurm, tmp_path: Path) -> None:

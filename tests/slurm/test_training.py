@@ -3,6 +3,8 @@
 A training that is told to save (USR1), requeued and resumed ends with the very losses of one that is left alone.
 """
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from local_slurm import LocalSlurm, ended, starts
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.launch.jobs import RunFiles
-from megatron_medllm.launch.recipe_jobs import recipe_jobs
+from megatron_medllm.launch.recipe_jobs import recipe_jobs, submit_bench
 from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.launch.submit import submit
-from megatron_medllm.recipe import recipe_stages, submit_bench
+from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import read_json, read_jsonl
 
 STEPS = 50
@@ -42,15 +44,23 @@ RECIPE = {
 WORLD = {"base_documents": 800, "medical_documents": 50, "exam_questions": 24, "development_questions": 24}
 
 
-def recipe(directory: Path, run_dir: Path, *, corpus: Path | None) -> RunConfig:
+def recipe(
+    directory: Path, run_dir: Path, *, corpus: Path | None, layout: dict | None = None, watch: dict | None = None
+) -> RunConfig:
     """The recipe in `run_dir`; its corpus is built there too, or read from another run's."""
     tokenizer = (corpus or run_dir) / "world" / "tokenizer"
     settings = {
         **RECIPE,
         "run_dir": str(run_dir),
         "tokenizer": str(tokenizer),
-        "base": {**RECIPE["base"], "data": [{"path": str((corpus or run_dir) / "corpus" / "base")}]},
+        "base": {
+            **RECIPE["base"],
+            "data": [{"path": str((corpus or run_dir) / "corpus" / "base")}],
+            "watch": watch or {},
+        },
     }
+    if layout is not None:
+        settings["layout"] = layout
     if corpus is None:
         source = {"paths": str(run_dir / "world" / "base.jsonl")}
         settings["demo"] = {**WORLD, "train_questions": 24}
@@ -60,10 +70,10 @@ def recipe(directory: Path, run_dir: Path, *, corpus: Path | None) -> RunConfig:
     return load(path, [])
 
 
-def submit_recipe(slurm: LocalSlurm, run: RunConfig) -> dict[str, str]:
+def submit_recipe(slurm: LocalSlurm, run: RunConfig, *, only: list[str] | None = None) -> dict[str, str]:
     stages = recipe_stages(run, RunFiles(run.run_dir).config)
     cluster = slurm.cluster()
-    jobs = recipe_jobs(run, stages, cluster)
+    jobs = recipe_jobs(run, stages, cluster, only=only)
     config_text = yaml.safe_dump(run.model_dump(mode="json"))
     return submit(run.run_dir, jobs, cluster, config_text=config_text).job_ids
 
@@ -93,6 +103,38 @@ def test_the_chain_trains_and_a_requeued_training_ends_bitwise_the_same(slurm: L
     assert losses(interrupted) == losses(left_alone)
     weights = [(run_dir / "hf" / "model.safetensors").read_bytes() for run_dir in (interrupted, left_alone)]
     assert weights[0] == weights[1]
+
+
+def rank_process(run_dir: Path, rank: int) -> int:
+    """The process of a rank of this run's training, as this host numbers it (the nodes have numbers of their own)."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train\0" + str(RunFiles(run_dir).config).encode() in command and f"RANK={rank}".encode() in environment:
+            return int(place.name)
+    raise AssertionError(f"rank {rank} of {run_dir} does not run")
+
+
+def test_a_stopped_rank_is_named_and_the_job_starts_again(slurm: LocalSlurm, tmp_path: Path) -> None:
+    """Its node has no other rank that could ask it for its stack: the node's agent does, and ends it."""
+    corpus, run_dir = tmp_path / "corpus-run", tmp_path / "run"
+    settings = {"layout": {"nodes": 2, "gpus_per_node": 1, "dp": 2}, "watch": {"stall_timeout_s": 10}}
+    ids = submit_recipe(slurm, recipe(tmp_path, corpus, corpus=None), only=["world", "corpus-base"])
+    slurm.wait_for_chain(corpus, ids)
+    ids = submit_recipe(slurm, recipe(tmp_path, run_dir, corpus=corpus, **settings), only=["base"])
+    slurm.wait(lambda: len(losses(run_dir)) >= 5, "five steps")
+    os.kill(rank_process(run_dir, 1), signal.SIGSTOP)
+    slurm.wait(lambda: RunFiles(run_dir).ended("base").exists(), "the verdict")
+    found = ended(run_dir, "base")
+    assert found["reason"].startswith("stalled: rank 1 (process ") and "has not answered for 10 s" in found["reason"]
+    assert [row["rank"] for row in found["stall"]["ranks"]] == [1]
+    stacks = {path.name: path.read_text() for path in (run_dir / "base" / "watch").glob("*.stack.txt")}
+    assert len(stacks) == 2 and all("in _fit" in stack for stack in stacks.values())
+    slurm.wait_for_chain(run_dir, ids)
+    assert [row["restart"] for row in starts(run_dir, "base")] == [0, 1]
+    assert list(losses(run_dir)) == list(range(1, STEPS + 1))
 
 
 def test_a_benchmark_is_measured_on_two_nodes(slurm: LocalSlurm, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from rich.table import Table
+from rich.text import Text
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.run_report.examples import answer_examples, exam_questions
@@ -85,8 +86,10 @@ def table(summary: Mapping[str, Any]) -> Table:
     claims = [f"{'✓' if check['holds'] else '✗'} {check['claim']}: {check['figures']}" for check in effect["checks"]]
     notes = [note["text"] for note in _notes(summary)]
     found = Table(
-        title=f"{summary['name']}: accuracy on {summary['questions']} questions, with 95 % intervals",
-        caption="\n".join([effect["headline"], *claims, *([summary["credit"]] if summary["credit"] else []), *notes]),
+        title=Text(f"{summary['name']}: accuracy on {summary['questions']} questions, with 95 % intervals"),
+        caption=Text(
+            "\n".join([effect["headline"], *claims, *([summary["credit"]] if summary["credit"] else []), *notes])
+        ),
         caption_justify="left",
         title_justify="left",
     )
@@ -95,7 +98,7 @@ def table(summary: Mapping[str, Any]) -> Table:
         found.add_column(column, justify="right", no_wrap=True)
     for numbers in summary["models"].values():
         found.add_row(
-            numbers["label"],
+            Text(numbers["label"]),  # names are text, never markup
             *(
                 _two_lines(rate(cell["accuracy"]), cell["ci95"], rate) if cell else "–"
                 for cell in (numbers["answer_only"], numbers["explained"])

@@ -2,14 +2,18 @@
 
 import json
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from megatron_medllm.bench import sweep as sweep_module
+from megatron_medllm.bench.environment import environment_facts
 from megatron_medllm.bench.harness import BenchSettings, Work, local_work
 from megatron_medllm.bench.report import compare_report
 from megatron_medllm.bench.sweep import grid, sweep, sweep_report
@@ -99,10 +103,15 @@ def test_work_of_shared_prompts_and_padding() -> None:
     assert local_work(batch, unit="rows").padding == 0
 
 
-def test_a_sweep_records_failures_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that a sweep runs; each is as fast as the number of its call."""
     calls: list[list[str]] = []
+    really_run = subprocess.run
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+    def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
+        if command[0] != sys.executable:  # git and uname, for what the measurement depends on
+            return really_run(command, **settings)
         calls.append(command)
         if "layout.tp=2" in command:
             return subprocess.CompletedProcess(command, 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory")
@@ -110,16 +119,57 @@ def test_a_sweep_records_failures_and_goes_on_where_it_stopped(tmp_path: Path, m
             return subprocess.CompletedProcess(command, 2, "", "error: layout.tp=4 does not divide")
         output = Path(command[command.index("--output") + 1])
         output.mkdir(parents=True)
-        values = {"tokens_per_s_per_gpu": 10.0, "peak_memory_bytes": 2**30, "padding_share": 0.0}
-        (output / "throughput.json").write_text(json.dumps(values))
+        values = {"tokens_per_s_per_gpu": float(len(calls)), "peak_memory_bytes": 2**30, "padding_share": 0.0}
+        (output / f"{command[4]}.json").write_text(json.dumps(values))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sweep_module.subprocess, "run", run)
-    results = sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, what="throughput", options=["--synthetic"])
+    monkeypatch.setattr(sweep_module.shutil, "which", lambda _: None)  # no nvidia-smi among the calls
+    return calls
+
+
+def test_a_sweep_records_failures_and_goes_on_where_it_stopped(tmp_path: Path, measured: list[list[str]]) -> None:
+    recipe(tmp_path)
+    config, axes = tmp_path / "recipe.yaml", ["layout.tp=1,2,4"]
+    results = sweep(config, [], axes, tmp_path, what="throughput", options=["--synthetic"])
     assert [r.get("failed") for r in results] == [None, "out of memory", "error: layout.tp=4 does not divide"]
-    assert sweep_report(results).splitlines()[2] == "| layout.tp=1 | 10.0 | 1.00 |"
-    assert sweep(tmp_path / "c.yaml", [], ["layout.tp=1,2,4"], tmp_path, what="throughput", options=[]) == results
-    assert len(calls) == 3
+    assert sweep_report(results).splitlines()[2] == "| layout.tp=1 | 1.0 | 1.00 |"
+    assert sweep(config, [], axes, tmp_path, what="throughput", options=["--synthetic"]) == results
+    assert len(measured) == 3
     assert grid(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
     with pytest.raises(UserError, match="expected key=value"):
         grid(["tp"])
+
+
+def test_a_measurement_is_kept_under_all_that_it_depends_on(
+    tmp_path: Path, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(tmp_path)
+    config = tmp_path / "recipe.yaml"
+
+    def speed(overrides: Sequence[str] = (), what: str = "throughput", options: Sequence[str] = ()) -> float:
+        (row,) = sweep(config, list(overrides), ["seed=1"], tmp_path, what=what, options=list(options))
+        assert row["settings"] == "seed=1"
+        return row["tokens_per_s_per_gpu"]
+
+    assert speed() == speed() == 1
+    assert speed(what="scoring") == 2
+    assert speed(options=["--steps", "5"]) == 3
+    assert speed(overrides=["base.sequence_length=32"]) == 4
+    recipe(tmp_path, base={**RECIPE["base"], "global_batch_size": 4})
+    assert speed() == 5
+    facts = environment_facts(torch.device("cpu"))
+    changed = {**facts, "packages": {**facts["packages"], "torch": "9.0"}}
+    with monkeypatch.context() as other:
+        other.setattr(sweep_module, "environment_facts", lambda _: changed)
+        assert speed() == 6
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("1")
+    with monkeypatch.context() as other:
+        other.setattr(sweep_module, "PACKAGE", package)
+        assert speed() == 7
+        (package / "a.py").write_text("2")
+        assert speed() == 8
+    assert speed() == 5
+    assert speed(what="scoring", overrides=[]) == 9  # of the changed recipe

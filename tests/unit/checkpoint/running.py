@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ IDS = torch.arange(60) * 5 % 307
 
 
 @contextmanager
-def running(hf_dir: Path) -> Iterator[tuple[nn.Module, runtime.Runtime]]:
-    """The fp32 model of an HF directory in a runtime of one process."""
+def running(
+    hf_dir: Path, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> Iterator[tuple[nn.Module, runtime.Runtime]]:
+    """The model of an HF directory in a runtime of one process."""
     layout = LayoutConfig()
     here = runtime.start(layout, seed=1)
     try:
-        model = ModelConfig(path=hf_dir, dtype="float32")
+        model = ModelConfig(path=hf_dir, dtype=dtype)
         chunks = build_model(model, layout, device=here.device)
         load_hf_weights(chunks, hf_dir, model.resolve_shape(), tp_rank=0, tp_size=1)
         yield unwrap(chunks[0]), here

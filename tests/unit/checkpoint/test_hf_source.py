@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_medllm.checkpoint.convert import import_hf
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.errors import UserError
+from tests.unit.checkpoint.running import running
 from tests.unit.checkpoint.twins import random_tensors, twin_shape, write_twin
 
 SHAPE = twin_shape("7b", layers=1)
@@ -141,3 +143,138 @@ def test_shard_cut_short_after_opening(single: Path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"truncated inside tensor 'lm_head.weight'"):
         weights.read("lm_head.weight", axis=0, start=0, stop=307)
+
+
+def test_a_single_file_beside_an_index_that_does_not_name_it(tmp_path: Path):
+    """transformers loads the single file, others the shards: one of them is left over from an earlier export."""
+    hf_dir = write_twin(tmp_path / "hf", SHAPE)
+    save_file(random_tensors(SHAPE, seed=1), hf_dir / "model.safetensors")
+    with pytest.raises(UserError, match=r"hf/model.safetensors: lies beside model.safetensors.index.json"):
+        HFWeights(hf_dir, SHAPE)
+
+
+def test_a_shard_that_the_index_does_not_name(tmp_path: Path):
+    hf_dir = write_twin(tmp_path / "hf", SHAPE)
+    save_file({"x": torch.ones(1)}, hf_dir / "model-00003-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors: lies beside model.safetensors.index.json"):
+        HFWeights(hf_dir, SHAPE)
+
+
+def test_shards_without_their_index(tmp_path: Path):
+    hf_dir = write_twin(tmp_path / "hf", SHAPE)
+    (hf_dir / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"index.json is missing, though model-00001-of-00002.safetensors is there"):
+        HFWeights(hf_dir, SHAPE)
+    save_file(random_tensors(SHAPE, seed=1), hf_dir / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: lies beside model-00001-of-00002.safetensors, and no"):
+        HFWeights(hf_dir, SHAPE)
+
+
+def test_an_index_of_one_file_is_no_choice(tmp_path: Path):
+    hf_dir = write_twin(tmp_path / "hf", SHAPE, shards=1)
+    names = dict.fromkeys(random_tensors(SHAPE), "model.safetensors")
+    (hf_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    HFWeights(hf_dir, SHAPE)
+
+
+def test_an_adapter_beside_the_model(single: Path):
+    (single / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"hf/adapter_config.json: lies beside a model's weights; transformers would"):
+        HFWeights(single, SHAPE)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "consolidated.00.pth"])
+def test_weights_in_another_format(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"only safetensors are read; {name} is there: load it with transformers and"):
+        HFWeights(tmp_path, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "no 'weight_map'"),
+        ({"weight_map": []}, "no 'weight_map'"),
+        ({"weight_map": {}}, "'weight_map' is empty"),
+        ({"weight_map": {NAME: 3}}, rf"'{NAME}': expected a file's name, found int"),
+    ],
+    ids=["list", "list inside", "empty", "number"],
+)
+def test_malformed_index(tmp_path: Path, index: object, message: str):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"model.safetensors.index.json: {message}"):
+        HFWeights(tmp_path, SHAPE)
+
+
+def test_an_index_with_a_wrong_total_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    hf_dir = write_twin(tmp_path / "hf", SHAPE)
+    path = hf_dir / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    right = sum(tensor.nbytes for tensor in random_tensors(SHAPE).values())
+    path.write_text(json.dumps(index | {"metadata": {"total_size": right}}))
+    HFWeights(hf_dir, SHAPE)
+    assert not caplog.messages
+    path.write_text(json.dumps(index | {"metadata": {"total_size": right + 1}}))
+    HFWeights(hf_dir, SHAPE)
+    assert f"total_size is {right + 1}, the tensors have {right} bytes" in caplog.text
+
+
+def test_a_git_lfs_pointer_is_called_one(single: Path):
+    (single / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"model.safetensors: a git-lfs pointer, not the file itself; run `git lfs"):
+        HFWeights(single, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]   ", b'"a"  ', b'{"a":[1]}', b'{"a":{"dtype":"BF16","shape":[-1],"data_offsets":[0,0]}}']
+)
+def test_malformed_headers(single: Path, header: bytes):
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(
+        UserError, match=r"model.safetensors: (the header is no JSON object|tensor 'a' has a malformed)"
+    ):
+        HFWeights(single, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+    ],
+)
+def test_tables_that_are_computed_anew_are_not_read(single: Path, name: str):
+    change(single, **{name.replace(".", "__"): torch.ones(2)})
+    assert name not in HFWeights(single, SHAPE).place
+    change(single, **{name.replace(".", "__") + "x": torch.ones(2)})
+    with pytest.raises(UserError, match=rf"tensor '{name}x' is not part of this model"):
+        HFWeights(single, SHAPE)
+
+
+def test_tensors_that_are_rounded_are_told(single: Path, caplog: pytest.LogCaptureFixture):
+    weights = HFWeights(single, SHAPE)
+    assert weights.own_dtype() is torch.bfloat16
+    weights.tell_rounding(torch.float32)
+    assert not caplog.messages
+    weights.tell_rounding(torch.float16)
+    assert "15 of 15 tensors are stored in BF16 and are rounded to float16" in caplog.text
+    caplog.clear()
+    change(single, model__norm__weight=torch.ones(112), lm_head__weight=torch.ones(307, 112, dtype=torch.float16))
+    assert HFWeights(single, SHAPE).own_dtype() is torch.bfloat16
+    assert (
+        "2 of 15 tensors are stored in F16 and F32 and are rounded to bfloat16, 'model.norm.weight' the" in caplog.text
+    )
+
+
+def test_every_way_in_tells_what_it_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    hf_dir = write_twin(tmp_path / "hf", SHAPE, shards=1)
+    change(hf_dir, model__norm__weight=torch.full((112,), 1 + 2**-10))
+    import_hf(hf_dir, tmp_path / "asked", dtype=torch.bfloat16)
+    assert not caplog.messages  # it was asked for
+    import_hf(hf_dir, tmp_path / "by itself")
+    assert "1 of 15 tensors are stored in F32 and are rounded to bfloat16, 'model.norm.weight' the" in caplog.text
+    caplog.clear()
+    with running(hf_dir, dtype="bfloat16"):
+        assert "1 of 15 tensors are stored in F32 and are rounded to bfloat16" in caplog.text

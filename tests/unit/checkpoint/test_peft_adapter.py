@@ -1,6 +1,7 @@
 """An adapter merges into its base the same way everywhere, and goes to PEFT and back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ from megatron_medllm.checkpoint.convert import export_checkpoint
 from megatron_medllm.checkpoint.description import describe_checkpoint
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.checkpoint.peft_adapter import export_peft, load_adapter, read_peft
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
@@ -52,7 +54,7 @@ def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
         export_hf([chunk], SHAPE, tmp_path / "live", runtime=here, source_dir=base, dtype=torch.float32)
         ckpt = tmp_path / "ckpt"
         ckpt.mkdir()
-        mcore.StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), ckpt, wait=True)
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), ckpt, wait=True)
         describe_checkpoint(ckpt, SHAPE, dtype=torch.float32, source_dir=base, adapter=CONFIG)
         trained = {name: p.clone() for name, p in adapter_parameters(chunk).items()}
 
@@ -69,6 +71,16 @@ def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
     export_peft(ckpt, tmp_path / "peft", base_model=str(base))
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
     assert_close(theirs(IDS[None]).logits[0], expected)
+
+    (tmp_path / "run" / "step-00000009.bak").mkdir(parents=True)
+    (tmp_path / "run" / "step-00000003").mkdir()
+    shutil.copytree(ckpt, tmp_path / "run" / "step-00000007")
+    export_peft(tmp_path / "run", tmp_path / "bf16", base_model=None, dtype=torch.bfloat16)
+    narrow, wide = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("bf16", "peft"))
+    assert {t.dtype for t in narrow.values()} == {torch.bfloat16}
+    assert {t.dtype for t in wide.values()} == {torch.float32}  # as the checkpoint
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+    assert json.loads((tmp_path / "bf16" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
     adapter = read_peft(tmp_path / "peft", SHAPE)
     assert adapter.config == CONFIG
@@ -114,16 +126,6 @@ def peft_directory(directory: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 8}}],
-    ids=lambda change: next(iter(change)),
-)
-def test_what_is_not_plain_lora_is_refused(tmp_path: Path, change: dict):
-    with pytest.raises(UserError, match=rf"adapter_config.json: {next(iter(change))}=.* is not supported"):
-        read_peft(peft_directory(tmp_path / "peft", **change), SHAPE)
-
-
-@pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
         ("o_proj.lora_B", None, r"o_proj.lora_B.weight' is missing, expected \[56, 2\]"),
@@ -146,8 +148,28 @@ def test_a_quantized_base_is_not_merged_as_if_it_were_whole(tmp_path: Path, base
     with running(base) as (chunk, _):
         trained_adapter(chunk, CONFIG)
         (tmp_path / "ckpt").mkdir()
-        mcore.StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
     fp8 = CONFIG.model_copy(update={"base": "fp8"})
     describe_checkpoint(tmp_path / "ckpt", SHAPE, dtype=torch.float32, source_dir=base, adapter=fp8)
     with pytest.raises(UserError, match="trained on a fp8 base"):
         export_checkpoint(tmp_path / "ckpt", tmp_path / "merged", base_dir=base)
+
+
+def test_a_damaged_checkpoint_or_adapter_is_refused(tmp_path: Path, base: Path):
+    with running(base) as (chunk, _):
+        trained_adapter(chunk, CONFIG)
+        (tmp_path / "ckpt").mkdir()
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
+    describe_checkpoint(tmp_path / "ckpt", SHAPE, dtype=torch.float32, source_dir=base, adapter=CONFIG)
+    export_peft(tmp_path / "ckpt", tmp_path / "peft", base_model=None)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: tensor '.*' does not match its digest"):
+        read_peft(tmp_path / "peft", SHAPE)
+
+    (tmp_path / "ckpt" / "digests.json").write_text(json.dumps({"common.pt": "0" * 64}))
+    with pytest.raises(UserError, match=r"common.pt: does not match its digest: a damaged file"):
+        export_peft(tmp_path / "ckpt", tmp_path / "again", base_model=None)
+    assert not (tmp_path / "again").exists()

@@ -7,7 +7,7 @@ from corpus_samples import SENTENCES, write_jsonl
 from pydantic import ValidationError
 
 from megatron_medllm.config.corpus import CorpusConfig
-from megatron_medllm.corpus.blend import blend_weights, read_blend
+from megatron_medllm.corpus.blend import add_blend, blend_weights, read_blend
 from megatron_medllm.corpus.build import build
 from megatron_medllm.corpus.inspect import inspect
 from megatron_medllm.errors import UserError
@@ -35,6 +35,12 @@ def test_weights():
     assert blend_weights(make(given), TOKENS | {"a": 0}) == pytest.approx({"a": 0, "b": 0.2, "general": 0.8})
     with pytest.raises(UserError, match="the replay sources hold no tokens"):
         blend_weights(make(given, replay_share=0.2), TOKENS | {"general": 0})
+
+
+def test_a_small_sources_weight_is_not_rounded_away():
+    facts = {name: {"tokens": tokens} for name, tokens in (("a", 1), ("general", 10**12))}
+    manifest = add_blend({"sources": facts}, make(dict.fromkeys(facts, None)))
+    assert manifest["sources"]["a"]["weight"] == pytest.approx(1e-12, rel=1e-6)
 
 
 @pytest.mark.parametrize(

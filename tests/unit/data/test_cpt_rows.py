@@ -232,6 +232,16 @@ def test_a_rebuilt_corpus_is_not_read_by_the_old_ones_index(tmp_path, longer):
         assert rows[i].tokens.tolist() == expected[:8]
 
 
+def test_a_source_of_weight_0_is_left_out_and_said_so(tmp_path, caplog):
+    corpus = write_corpus(tmp_path / "corpus", {"a": [[1, 2, 0]], "replay": [[3, 4, 0]]})
+    manifest = read_json(corpus / "manifest.json")
+    manifest["sources"]["replay"]["weight"] = 0.0
+    write_json(corpus / "manifest.json", manifest)
+    blend = resolve_blend((DataSource(path=corpus),))
+    assert blend.names == ("a",) and blend.tokens == 3
+    assert "source replay has the blend weight 0 and is left out" in caplog.text
+
+
 def test_a_blends_digest_is_its_contents(tmp_path):
     documents = [[1, 2, 3, 0], [4, 0]]
 

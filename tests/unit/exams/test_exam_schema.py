@@ -52,6 +52,12 @@ def test_twelve_choices_with_numbers(tmp_path: Path) -> None:
     assert [q.accepted for q in load(tmp_path / "a.jsonl", *rows)] == [(("12",),), (("1", "12"),), (("12",),)]
 
 
+@pytest.mark.parametrize("answer", ["13", "112", ["123"], "0"])
+def test_of_twelve_choices_digits_are_not_run_together(tmp_path: Path, answer: object) -> None:
+    with pytest.raises(UserError, match="which is not a choice"):
+        load(tmp_path / "a.jsonl", OWN | {"choices": [f"薬{n}" for n in range(12)], "answer": answer})
+
+
 @pytest.mark.parametrize(
     "row",
     [

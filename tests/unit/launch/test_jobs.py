@@ -5,23 +5,37 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
 from megatron_medllm.config.model import SIZES
 from megatron_medllm.config.run import load
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch import supervisor
+from megatron_medllm.launch import node, supervisor
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_port
-from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs
+from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs, submit_bench, submit_recipe
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
-from megatron_medllm.launch.status import last_metrics, last_save_time_s, run_status, stage_status, status_report
+from megatron_medllm.launch.status import (
+    cancel,
+    is_active,
+    last_metrics,
+    last_save_time_s,
+    run_status,
+    stage_status,
+    status_report,
+)
 from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
-from megatron_medllm.recipe import recipe_stages, submit_bench, submit_recipe
+from megatron_medllm.processes import ProcessId
+from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import write_json
+from megatron_medllm.train.signals import allotted_s
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit-cpt-72b.sbatch"
@@ -40,11 +54,67 @@ cluster: {max_time: "24:00:00", cpus_per_process: 12, exclude: [h100-013]}
 """
 
 
-def test_slurm_times() -> None:
-    assert parse_slurm_time("2-03:04:05") == ((2 * 24 + 3) * 60 + 4) * 60 + 5
+HOUR = 3600
+TIMES = {
+    "90": 90 * 60,
+    "90:30": 90 * 60 + 30,
+    "12:00:00": 12 * HOUR,
+    "00:90:00": 90 * 60,
+    "2-3": 51 * HOUR,
+    "2-03:04": 51 * HOUR + 4 * 60,
+    "2-03:04:05": 51 * HOUR + 4 * 60 + 5,
+}
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_slurm_times_in_every_form_of_sbatch(text: str, recipe: Path) -> None:
+    """By itself, unquoted in YAML (which makes 12:00:00 the number 43200), quoted, and as an override."""
+    assert parse_slurm_time(text) == TIMES[text]
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: {text}"))
+    unquoted = load(recipe, []).cluster
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: '{text}'"))
+    quoted = load(recipe, []).cluster
+    overridden = load(recipe, [f"cluster.max_time={text}"]).cluster
+    for cluster in (unquoted, quoted, overridden):
+        assert cluster is not None
+        assert time_limit_s(StageJob(name="cpt", script="cpt", command=()), cluster) == TIMES[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["90 minutes", "0", "0:00", "UNLIMITED", "INFINITE", "-1", "1-", "1:2:3:4", "1-2:3:4:5", "12h", "1.5", "true"],
+)
+def test_what_sbatch_takes_for_no_limit_or_not_at_all_is_refused(text: str, recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', f"max_time: {text}"))
+    with pytest.raises(UserError, match=r"recipe.yaml: cluster.max_time: ") as caught:
+        load(recipe, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_times_are_written_as_clocks() -> None:
     assert [format_slurm_time(s) for s in (1, 1800, 1801, 90000)] == ["00:01:00", "00:30:00", "00:31:00", "1-01:00:00"]
-    with pytest.raises(ValueError, match="not a time"):
-        parse_slurm_time("90 minutes")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("12:00:00", 12 * HOUR), ("1:30", 90), ("1-0", 24 * HOUR), ("90", 90)])
+def test_a_stage_s_own_time_may_be_a_clock(text: str, seconds: float, recipe: Path, monkeypatch) -> None:
+    run = load(recipe, [f"cpt.guard.walltime_s={text}"])
+    assert run.cpt is not None and run.cpt.guard.walltime_s == seconds
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", text)
+    assert allotted_s() == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "1:2:3:4"])
+def test_a_wrong_time_in_the_environment_is_one_line(text: str, monkeypatch) -> None:
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", text)
+    with pytest.raises(UserError, match=r"MEDLLM_WALLTIME_S=.*: expected seconds, or a time such as 12:00:00"):
+        allotted_s()
+
+
+def test_the_frozen_recipe_keeps_its_times(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace('max_time: "24:00:00"', "max_time: 12:00:00"))
+    run = load(recipe, [])
+    recipe.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    assert load(recipe, []) == run
 
 
 @pytest.mark.parametrize(
@@ -54,6 +124,7 @@ def test_slurm_times() -> None:
         ([85, 0], 85),
         ([85, -signal.SIGTERM], 85),  # told to end while another rank had already saved
         ([85, 1], 1),
+        ([1, 2, -signal.SIGTERM], 2),  # one rank refused its input, another lost its peer: another start mends nothing
         ([-signal.SIGKILL], 137),
         ([-signal.SIGTERM], 143),  # interrupted before it could save: not a request to run again
     ],
@@ -69,6 +140,70 @@ def test_the_lead_of_the_signal_grows_with_the_save_and_must_fit_the_time() -> N
     assert time_limit_s(job, ClusterConfig(max_time="01:00:00")) == 3600
     with pytest.raises(UserError, match=r"cluster.max_time=00:05:00 is too short for cpt"):
         time_limit_s(job, ClusterConfig(max_time="00:05:00"))
+
+
+@pytest.mark.parametrize("name", ["a run", "50%", "%j", "a#b", "実験 1", "[red]x"])
+def test_a_run_directory_is_named_so_that_sbatch_reads_it_back(name: str, tmp_path: Path) -> None:
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""))
+    scripts = submit(tmp_path / name, [job], ClusterConfig(), config_text="{}", dry_run=True).scripts
+    options = [line.removeprefix("#SBATCH ") for line in scripts["cpt"].splitlines() if line.startswith("#SBATCH")]
+    found = dict(option.split("=", 1) for option in options if "=" in option)
+    # sbatch takes what stands in double quotes as it is, and puts the job's id for %j, but not for %%j.
+    output = str(tmp_path / name / "launch" / "logs" / "cpt").replace("%", "%%") + "/%j.out"
+    assert found["--output"] == (output if name in ("50%", "%j", "[red]x") else f'"{output}"')
+    assert found["--job-name"].strip('"') == f"medllm-cpt-{name}"
+    assert found["--job-name"].startswith('"') == (" " in name or "#" in name)
+
+
+@pytest.mark.parametrize("name", ["a:b", 'a"b', "it's", "a\\b", "a\nb", "a\tb"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_run_directory_that_no_batch_script_can_name_is_refused(name: str, dry_run: bool, tmp_path: Path) -> None:
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""))
+    with pytest.raises(UserError, match=r"run_dir: batch scripts cannot name .*; choose another directory") as caught:
+        submit(tmp_path / name, [job], ClusterConfig(), config_text="{}", dry_run=dry_run)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / name).exists()
+
+
+ALIVE = [
+    *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"),
+    *("RESIZING", "STOPPED", "SIGNALING", "STAGE_OUT", "RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE", "EXPEDITING"),
+    "a state of tomorrow",
+]
+ENDED = [
+    *(
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+    ),
+    *("TIMEOUT", "CANCELLED by 1000", "CANCELLED+", "failed", ""),
+]
+
+
+@pytest.mark.parametrize(("state", "alive"), [*((s, True) for s in ALIVE), *((s, False) for s in ENDED)])
+def test_over_is_what_slurm_calls_over(state: str, alive: bool) -> None:
+    assert is_active(state) == alive
+
+
+def test_a_resizing_job_is_neither_submitted_again_nor_passed_over_by_cancel(tmp_path: Path, monkeypatch) -> None:
+    files = RunFiles(tmp_path / "run")
+    write_json(files.submission, {"jobs": {"cpt": "7"}})
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"squeue": "echo '7|7|RESIZING|None'", "scancel": f"echo $@ > {tmp_path}/cancelled"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    with pytest.raises(UserError, match=r"jobs of this run are still queued \(7\)"):
+        submit(files.run, [StageJob(name="cpt", script="cpt", command=())], ClusterConfig(), config_text="{}")
+    assert cancel(files.run) == ["7"]
+    assert (tmp_path / "cancelled").read_text() == "7\n"
 
 
 def test_every_script_renders_and_keeps_its_commands() -> None:
@@ -207,6 +342,38 @@ def test_a_node_without_disk_or_gpus_is_unfit(tmp_path: Path) -> None:
     assert "needed" in (node_problem(tmp_path, {**spec, "min_free_disk_gib": 1e9}) or "")
 
 
+@pytest.mark.parametrize(("gpus", "problem"), [(2, None), (1, "1 usable GPUs, 2 expected"), (0, "0 usable GPUs")])
+def test_a_node_must_have_the_gpus_that_the_job_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, problem: str | None
+) -> None:
+    driver = tmp_path / "nvidia-smi"  # says so many GPUs
+    driver.write_text("#!/bin/sh\n" + "".join(f"echo GPU {n}\n" for n in range(gpus)))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    spec = {"gpus_per_node": 2, "check_gpus": True, "min_free_disk_gib": 0}
+    found = node_problem(tmp_path, spec)
+    assert found is None if problem is None else problem in (found or "")
+    assert node_problem(tmp_path, {**spec, "check_gpus": False}) is None
+
+
+def test_all_nodes_learn_of_an_unfit_one_and_fit_ones_wait_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, spec = RunFiles(tmp_path), {"nodes": 2}
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "")
+    monkeypatch.setattr(node, "allocated_nodes", lambda: ["n1", "n2"])
+    monkeypatch.setattr(node, "CHECK_IN_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "did not check in within 0.2 s"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # another start: the first one's files do not count
+    folder = tmp_path / "launch" / "check-in" / "cpt" / "job0-restart1"
+    write_json(folder / "n2.json", {"problem": "no disk"})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "no disk"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    write_json(folder.with_name("job0-restart2") / "n2.json", {"problem": None})
+    assert node.unfit_nodes(files, "cpt", spec, None) == {}
+
+
 def test_the_supervisor_runs_on_a_bare_python(tmp_path: Path) -> None:
     """It imports nothing of the package: the batch script calls it outside any container."""
     command = [sys.executable, "-I", "-S", supervisor.__file__, "begin", str(tmp_path), "cpt"]
@@ -250,3 +417,46 @@ def test_a_submission_freezes_the_body_of_its_scripts(tmp_path: Path) -> None:
     freeze(files, [StageJob(name="cpt", script="cpt", command=("-c", ""))], ClusterConfig(), "name: x\n")
     body = (tmp_path / "launch" / "stage.sh").read_text()
     assert body == (SCRIPTS / "stage.sh").read_text() and 'srun "${MEDLLM_SRUN[@]}"' in body
+
+
+def test_a_node_ends_the_ranks_that_this_starts_verdict_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process too, after it has written its stack."""
+    monkeypatch.setattr(node, "STACK_WAIT_S", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    stack = tmp_path / "stack.txt"
+    code = (
+        f"import faulthandler, signal, time; stack = open({str(stack)!r}, 'w')\n"
+        "faulthandler.register(signal.SIGUSR2, file=stack); print('ready', flush=True); time.sleep(3600)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline()
+    rank.send_signal(signal.SIGSTOP)
+    row = {"kind": "silent", "ranks": [asdict(ProcessId.of(rank.pid))], "job_id": "7"}
+    verdict = tmp_path / "stall.json"
+    write_json(verdict, {**row, "restart": 0})  # an earlier start's
+    ending = threading.Thread(target=node.end_stalled_ranks, args=(verdict,), daemon=True)
+    ending.start()
+    time.sleep(2 * node.CHECK_IN_POLL_S)
+    assert rank.poll() is None
+    write_json(verdict, {**row, "restart": 1})
+    assert rank.wait(timeout=60) == -signal.SIGKILL
+    assert "line 2" in stack.read_text()
+    ending.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"),
+    [
+        ("{kind: transformers}", 1),
+        ("{kind: vllm, python: /venv/bin/python, tensor_parallel: 4}", 4),
+        ("{kind: openai, url: 'http://n1:8000/v1'}", 0),
+    ],
+)
+def test_an_exam_asks_for_the_gpus_of_its_engine(recipe: Path, tmp_path: Path, engine: str, gpus: int) -> None:
+    recipe.write_text(RECIPE + f"eval: {{exam: {{data: [/lustre/exam]}}, engine: {engine}}}\n")
+    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    assert run.cluster is not None
+    jobs = {job.name: job for job in recipe_jobs(run, recipe_stages(run, Path("c.yaml")), run.cluster)}
+    assert [jobs[name].gpus_per_node for name in ("eval-base", "cpt", "eval-cpt")] == [gpus, 8, gpus]
+    assert (jobs["eval-cpt"].after, jobs["eval-cpt"].processes_per_node) == (("cpt",), 0)

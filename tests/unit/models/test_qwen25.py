@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import log_softmax
 
+from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape, shape_from_hf_config
 from megatron_medllm.errors import UserError
@@ -91,7 +92,7 @@ def test_te_finds_no_state_of_its_final_norm_in_a_checkpoint_of_torchs(tmp_path:
     from megatron_medllm.parallel import mcore
 
     model = build_tiny(SHAPE)
-    mcore.StateWriter().start(mcore.sharded_state([model], None, is_loading=False), tmp_path, wait=True)
+    StateWriter().start(mcore.sharded_state([model], None, is_loading=False), tmp_path, wait=True)
     state = mcore.sharded_state([model], None, is_loading=True)
     assert any(isinstance(entry, ShardedObject) for entry in state["model"].values())
     key = "decoder.final_layernorm._extra_state"
@@ -209,8 +210,74 @@ def test_both_spellings_of_a_hugging_face_config(tmp_path: Path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"num_hidden_layers": None}, "missing field 'num_hidden_layers'"),
         ({"num_key_value_heads": 5}, "28 heads are not a multiple of 5 KV heads"),
+        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"layer_types": ["full_attention"] * 27}, "layer_types has not one entry a layer"),
+        ({"layer_types": []}, "layer_types has not one entry a layer"),
+        ({"num_hidden_layers": 10_000}, "num_hidden_layers: Input should be less than 10000"),
+        ({"head_dim": 64}, "head_dim is 64; Qwen2.5 has hidden_size / heads, 128"),
+        ({"attention_bias": False}, "attention_bias is false"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"is_causal": False}, "is_causal is false"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config is there; take the directory of the unq",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta is given twice, as 500000.0 and 10",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": {"rope_type": "default"}}, "RoPE type 'llama3'"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
+            "RoPE for 'sliding_attention' is not supported",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "RoPE type 'yarn' is not supported"),
+        ({"rope_parameters": {"full_attention": 3}}, "RoPE's 'full_attention' is no JSON object"),
+        ({"rope_scaling": "linear"}, "rope_scaling: Input should be a valid dictionary"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings: Input should be a valid boolean \(found 'false'\)"),
+        ({"use_sliding_window": "false"}, r"use_sliding_window: Input should be a valid boolean \(found 'false'\)"),
+        ({"num_hidden_layers": "28"}, r"num_hidden_layers: Input should be a valid integer \(found '28'\)"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers: Input should be a valid integer \(found True\)"),
+        ({"hidden_size": 3584.5}, r"hidden_size: Input should be a valid integer"),
+        ({"rms_norm_eps": "1e-06"}, r"rms_norm_eps: Input should be a valid number"),
+        ({"rms_norm_eps": 0}, r"rms_norm_eps: Input should be greater than 0"),
+        ({"rope_theta": -1}, r"rope_theta: Input should be greater than 0"),
+        ({"hidden_size": 3585}, r"hidden_size 3585 is not a multiple of 28 heads"),
     ],
 )
 def test_models_that_are_not_qwen25_are_refused(tmp_path: Path, changes: dict, message: str):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         shape_from_hf_config(write_config(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [[], "qwen2", 3, None])
+def test_a_config_that_is_no_object(tmp_path: Path, config: object):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json: expected a JSON object, found"):
+        shape_from_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 128},
+        {"sliding_window": 4096, "max_window_layers": 3, "use_sliding_window": False},
+        {"layer_types": ["full_attention"] * 28},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 1.0}},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 1000000},
+        {"transformers_version": "9.0", "torch_dtype": "float8", "a_key_of_tomorrow": {"x": 1}},
+    ],
+    ids=str,
+)
+def test_spellings_of_the_same_model(tmp_path: Path, changes: dict):
+    assert shape_from_hf_config(write_config(tmp_path, **changes)) == SIZES["7b"]
+
+
+def test_rope_nested_by_kind_of_layer_is_read_as_transformers_reads_it(tmp_path: Path):
+    nested = {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "rope_theta": None}
+    assert shape_from_hf_config(write_config(tmp_path, **nested)).rotary_base == 5e5

@@ -1,0 +1,95 @@
+"""A run directory has one owner: the process that works on it, written down in RUN/owner.json.
+
+A lock of the kernel's would go with its process, but not on every shared file system, and not across hosts. A file
+stays, and says who holds it. A live process, or one of another host, keeps it; a dead one of this host is followed.
+"""
+
+import fcntl
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_medllm.errors import UserError
+from megatron_medllm.processes import ProcessId
+from megatron_medllm.storage import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+
+
+@dataclass
+class Owner:
+    """This process as the owner of a run directory."""
+
+    path: Path
+    command: str
+    since: str
+
+    def write(self, *, stage: str | None = None, child: int | None = None) -> None:
+        """Say who works here, and which process runs which stage."""
+        worker = None if child is None else {"name": stage, **asdict(ProcessId.of(child))}
+        row = {**asdict(ProcessId.own()), "command": self.command, "since": self.since, "stage": worker}
+        write_json(self.path, row)
+
+
+@contextmanager
+def owning(run_dir: Path, command: str) -> Iterator[Owner]:
+    """Own the run directory while the block runs.
+
+    What a killed owner's stage is still doing is asked to save, and waited for.
+
+    Raises:
+        UserError: another process owns it; names the process.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    owner = Owner(run_dir / "owner.json", command, time.strftime("%Y-%m-%d %H:%M:%S"))
+    with _guard(run_dir):
+        orphan = _free(owner.path)
+        owner.write()
+    try:
+        if orphan is not None:
+            _end(*orphan)
+        yield owner
+    finally:
+        owner.path.unlink(missing_ok=True)
+
+
+def _free(path: Path) -> tuple[str, ProcessId] | None:
+    """Refuse unless nobody owns the directory; the stage that a dead owner has left running, if any.
+
+    Raises:
+        UserError: it is owned.
+    """
+    if not path.is_file():
+        return None
+    row = read_json(path)
+    holder = ProcessId(row["host"], row["pid"], row["started"])
+    if holder.lives():
+        gone = "" if holder.is_here else f"; if that process is gone, delete {path}"
+        raise UserError(f"{path.parent}: {row['command']} ({holder}, since {row['since']}) works here{gone}")
+    stage = row["stage"]
+    if stage is None:
+        return None
+    process = ProcessId(stage["host"], stage["pid"], stage["started"])
+    return (stage["name"], process) if process.lives() else None
+
+
+def _end(stage: str, process: ProcessId) -> None:
+    log.warning("stage %s (%s) has outlived its pipeline: asked to save and stop, waiting for it", stage, process)
+    process.signal(signal.SIGTERM)
+    while process.lives():
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _guard(run_dir: Path) -> Iterator[None]:
+    """One process of this host at a time; only such ones take over from a dead owner."""
+    with open(run_dir / ".owner.lock", "wb") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,59 @@
+"""What a job's end is put down to, without a Slurm (tests/slurm has one)."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_medllm.config.cluster import STALLED_EXIT_CODE
+from megatron_medllm.launch import supervisor
+from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
+from megatron_medllm.storage import read_json, write_json
+
+SETTINGS = {
+    "max_restarts_without_progress": 3, "exclude": [], "requeue_exit_code": 85, "unfit_node_exit_code": 86,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A submitted run with one training; no Slurm answers, so that nothing is requeued."""
+    job = StageJob(name="cpt", script="cpt", command=("-c", ""), checkpoints=str(tmp_path / "cpt" / "checkpoints"))
+    write_specification(RunFiles(tmp_path), job, SETTINGS)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    refuse = tmp_path / "bin" / "scontrol"
+    refuse.parent.mkdir()
+    refuse.write_text("#!/bin/sh\necho no >&2\nexit 1\n")
+    refuse.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{refuse.parent}:/usr/bin:/bin")
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)  # its last sentence is not to be cut short; ours may
+
+
+def stall(restart: int) -> dict:
+    return {"kind": "silent", "ranks": [{"rank": 3}], "reason": "rank 3 is gone", "job_id": "7", "restart": restart}
+
+
+def test_a_stall_is_the_reason_and_its_verdict_is_kept(run: Path) -> None:
+    write_json(run / "cpt" / "watch" / "stall.json", stall(1))
+    assert supervisor.main(["end", str(run), "cpt", str(STALLED_EXIT_CODE)]) == STALLED_EXIT_CODE
+    ended = read_json(RunFiles(run).ended("cpt"))
+    assert ended["reason"].startswith("stalled: rank 3 is gone") and ended["stall"] == stall(1)
+
+
+def test_an_earlier_starts_verdict_is_not_this_ones(run: Path) -> None:
+    write_json(run / "cpt" / "watch" / "stall.json", stall(0))
+    supervisor.main(["end", str(run), "cpt", "1"])
+    ended = read_json(RunFiles(run).ended("cpt"))
+    assert ended["reason"].startswith("the command failed with exit code 1") and "stall" not in ended
+
+
+def test_a_slow_rank_is_reported_of_a_training_that_ended_well(run: Path) -> None:
+    slow = {"step": 9, "ranks": [{"rank": 1, "reason": "rank 1 is slow"}], "job_id": "7", "restart": 1}
+    write_json(run / "cpt" / "watch" / "slow.json", slow)
+    assert supervisor.main(["end", str(run), "cpt", "0"]) == 0
+    ended = read_json(RunFiles(run).ended("cpt"))
+    assert (ended["outcome"], ended["slow"]) == ("finished", slow)
