@@ -15,7 +15,8 @@ class StageJob:
     `processes_per_node` 0 runs the command once per node, otherwise as that many ranks of one distributed job.
     `duration_s` None asks for the cluster's longest time. `save_time_s` is a checkpoint's, measured or planned.
     `checkpoints` is the directory whose `step-*` entries count as progress, and `metrics` the file whose last line
-    is shown by `medllm status`; both relative to the run. `array_size` n makes n independent tasks of it.
+    is shown by `medllm status`; both relative to the run. `array_size` n makes n independent tasks of it, each with its
+    `--shard I/n` behind the command.
     """
 
     name: str
@@ -80,6 +81,10 @@ class RunFiles:
     def history(self, stage: str) -> Path:
         """One line per start and end of the job, restarts included."""
         return self.launch / f"{stage}.history.jsonl"
+
+    def task(self, stage: str, index: int) -> str:
+        """What an array's task (from 0) goes by in the files below; written by the supervisor."""
+        return f"{stage}.{index}"
 
     def ended(self, stage: str) -> Path:
         """Why the job ended, the last time it did."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig
-from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.config.run import RunConfig, StageName
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
@@ -74,7 +73,9 @@ def recipe_jobs(
     only: list[str] | None = None,
     force: bool = False,
 ) -> list[StageJob]:
-    """One job per stage. `only` keeps these stages, which then read what an earlier submission made.
+    """One job per stage; of one that is sharded an array, and behind it a job with the stage's name that merges.
+
+    `only` keeps these stages, which then read what an earlier submission made.
 
     Raises:
         UserError: an unknown stage in `only`, or a training that cannot fit the cluster's GPUs (unless `force`).
@@ -85,7 +86,8 @@ def recipe_jobs(
         raise UserError(f"unknown stage {unknown[0]!r}; this recipe has {', '.join(names)}")
     kept = [stage for stage in stages if only is None or stage.name in only]
     present = {stage.name for stage in kept}
-    return [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+    jobs = [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+    return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job)]
 
 
 def bench_job(
@@ -119,7 +121,7 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
     distributed = stage.command in DISTRIBUTED
     nodes = run.layout.nodes if distributed else 1
     processes = run.layout.world_size // nodes if distributed else 0
-    gpus = processes or _engine_gpus(stage.engine)
+    gpus = processes or (stage.engine.gpus if stage.engine is not None else 0)
     job = StageJob(
         name=stage.name,
         script=SCRIPTS[stage.command] if stage.trains in (None, "base") else stage.trains,
@@ -132,11 +134,12 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 
 
-def _engine_gpus(engine: EngineConfig | None) -> int:
-    """What one copy of the model asks for: none behind an address, `tensor_parallel` in vLLM."""
-    if engine is None or engine.kind == "openai":
-        return 0
-    return engine.tensor_parallel if engine.kind == "vllm" else 1
+def _in_shards(stage: Stage, job: StageJob) -> list[StageJob]:
+    """The job, or its array of shards and the merge, which loads no model."""
+    if stage.replicas == 1:
+        return [job]
+    array = replace(job, name=f"{job.name}-shards", array_size=stage.replicas)
+    return [array, replace(job, command=(*job.command, "--merge"), gpus_per_node=0, after=(array.name,))]
 
 
 def _trained_job(
