@@ -143,12 +143,13 @@ def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     """An array as one stage. Its steps are its tasks; a task that did not end well is named."""
     tasks = [files.task(stage, index) for index in range(size)]
     ends = [read_json(files.ended(task)) if files.ended(task).is_file() else {} for task in tasks]
+    ends = [end if end.get("array_id") == job_id else {} for end in ends]  # not of an earlier submission
     starts = [
         row
         for task in tasks
         if files.history(task).is_file()
         for row in read_jsonl(files.history(task))
-        if row["event"] == "start"
+        if row["event"] == "start" and row["array_id"] == job_id
     ]
     finished = sum(end.get("outcome") == "finished" for end in ends)
     state, reason = queued or ("GONE", "")
