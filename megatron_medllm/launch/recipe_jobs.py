@@ -29,6 +29,7 @@ SCRIPTS = {
 }
 DISTRIBUTED = {Command.TRAIN, Command.SCORE}
 BENCHMARKS = ("throughput", "scoring", "generation")
+MERGE_TIME_S = 1200.0  # reads answers and makes reports
 BENCH_TIME_S = 2400.0  # asked for, with the margin that every job gets: reading or drawing 72B weights takes most of it
 
 
@@ -139,7 +140,8 @@ def _in_shards(stage: Stage, job: StageJob) -> list[StageJob]:
     if stage.replicas == 1:
         return [job]
     array = replace(job, name=f"{job.name}-shards", array_size=stage.replicas)
-    return [array, replace(job, command=(*job.command, "--merge"), gpus_per_node=0, after=(array.name,))]
+    command = (*job.command, "--merge")
+    return [array, replace(job, command=command, gpus_per_node=0, duration_s=MERGE_TIME_S, after=(array.name,))]
 
 
 def _trained_job(

@@ -152,10 +152,10 @@ def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
         if row["event"] == "start" and row["array_id"] == job_id
     ]
     finished = sum(end.get("outcome") == "finished" for end in ends)
-    state, reason = queued or ("GONE", "")
+    state, reason = queued or ("", "")
     bad = next((n for n, end in enumerate(ends) if end and end["outcome"] not in ("finished", "requeued")), None)
     if not is_active(state):
-        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state
+        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state or "GONE"
     if bad is not None:
         reason = f"shard {bad + 1}/{size}: {ends[bad]['reason']}"
     elif reason == "None" or state == "finished":
