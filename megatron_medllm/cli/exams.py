@@ -47,15 +47,17 @@ def eval_run(
         raise UserError(f"{config}: medllm eval needs the section 'eval' and model.path")
     from megatron_medllm.account import Account
     from megatron_medllm.evaluation.run import answer_shard, run_exam
+    from megatron_medllm.inference.interruption import resumable
     from megatron_medllm.inference.replicas import run_replicas
 
     output = run.output or run.run_dir / "eval"
-    if part is not None:
-        print_text(shard_line(part, answer_shard(run.eval, run.model.path, output, part)))
-        return
-    if run.eval.engine.replicas > 1 and not merge:
-        run_replicas(run.eval.engine, ["eval", "run", str(config), *(overrides or [])], output)
-    summary = run_exam(run.eval, run.model.path, output, merge=merge)
+    with resumable():
+        if part is not None:
+            print_text(shard_line(part, answer_shard(run.eval, run.model.path, output, part)))
+            return
+        if run.eval.engine.replicas > 1 and not merge:
+            run_replicas(run.eval.engine, ["eval", "run", str(config), *(overrides or [])], output)
+        summary = run_exam(run.eval, run.model.path, output, merge=merge)
     print_text((output / "report.md").read_text())
     for line in Account.from_json(summary["account"]).loss_lines():
         print_text(line)

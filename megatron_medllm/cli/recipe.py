@@ -76,16 +76,18 @@ def pairs(config: Config, overrides: Overrides = None, shard: ShardOption = None
     if run.pairs is None or run.model.path is None:
         raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
     from megatron_medllm.account import Account
+    from megatron_medllm.inference.interruption import resumable
     from megatron_medllm.inference.replicas import run_replicas
     from megatron_medllm.preference.pairs import answer_shard, build_pairs
 
     output = run.output or run.run_dir / "pairs"
-    if part is not None:
-        print_text(shard_line(part, answer_shard(run.pairs, run.model.path, output, part)))
-        return
-    if run.pairs.engine.replicas > 1 and not merge:
-        run_replicas(run.pairs.engine, ["pairs", str(config), *(overrides or [])], output)
-    manifest = build_pairs(run.pairs, run.model.path, output, merge=merge)
+    with resumable():
+        if part is not None:
+            print_text(shard_line(part, answer_shard(run.pairs, run.model.path, output, part)))
+            return
+        if run.pairs.engine.replicas > 1 and not merge:
+            run_replicas(run.pairs.engine, ["pairs", str(config), *(overrides or [])], output)
+        manifest = build_pairs(run.pairs, run.model.path, output, merge=merge)
     for line in Account.from_json(manifest["account"]).lines():
         print_text(line)
     print_text(

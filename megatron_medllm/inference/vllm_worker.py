@@ -8,6 +8,7 @@ and then one completion a line; everything that vLLM itself prints goes to stand
 import importlib.util
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ _CHUNK = 512  # answers come back, and are kept, after each so many
 
 def main() -> None:
     """Serve until the input ends."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, to every process: the one that started us answers it
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM and its workers print to standard output
     setup = json.loads(sys.stdin.readline())

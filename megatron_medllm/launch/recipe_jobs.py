@@ -130,6 +130,7 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
         nodes=nodes,
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
+        answers=None if stage.engine is None else str(stage.outputs[0].resolve()),
         after=tuple(name for name in stage.after if name in present),
     )
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)

@@ -118,7 +118,9 @@ def verdicts(run: pathlib.Path, spec: Row) -> Row:
 
 
 def newest_step(run: pathlib.Path, spec: Row) -> int:
-    """Step of the newest complete checkpoint, -1 without one."""
+    """Step of the newest complete checkpoint, -1 without one; for an engine's work, how many answers are kept."""
+    if spec.get("answers"):
+        return sum(path.read_bytes().count(b"\n") for path in (run / spec["answers"]).glob("*answers*.jsonl"))
     if not spec.get("checkpoints"):
         return -1
     names = [path.name for path in (run / spec["checkpoints"]).glob("step-*")]

@@ -1,6 +1,9 @@
 """Work in shards: the units, one exam in three parts against one process, what is killed, lost or wrong."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_medllm.cli.app import app
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, MaxNewTokens
 from megatron_medllm.config.pairs import FilterConfig, PairsConfig, SamplingConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation import run as evaluation
 from megatron_medllm.inference import replicas
 from megatron_medllm.inference.answer_log import answer_requests
+from megatron_medllm.inference.interruption import resumable
 from megatron_medllm.inference.protocol import Request
 from megatron_medllm.inference.replicas import gpus_by_replica, run_replicas
 from megatron_medllm.inference.shards import Shard, request_units, shard_files
@@ -213,6 +218,13 @@ def test_a_failing_replica_names_itself_and_ends_the_others(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"shard 2/3 failed \(exit status 7; log: .*2-of-3\.log: error: no luck\)"):
         run_replicas(EngineConfig(device="cpu", replicas=3), ["eval"], tmp_path)
     assert len(started) == 3 and all(replica.process.poll() is not None for replica in started)
+
+
+def test_usr1_asks_for_another_start() -> None:
+    with pytest.raises(SystemExit) as caught, resumable():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+    assert caught.value.code == REQUEUE_EXIT_CODE and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("command", [["eval", "run"], ["pairs"]])

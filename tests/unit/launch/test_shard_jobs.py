@@ -120,3 +120,19 @@ def test_a_failed_shard_is_named_in_the_status(tmp_path: Path, monkeypatch: pyte
 def test_a_cluster_section_is_enough_to_ask_for_no_gpus(tmp_path: Path) -> None:
     run = recipe(tmp_path, "cluster.gpus=false")
     assert run.cluster == ClusterConfig(gpus=False) and jobs_of(run)["eval-base-shards"].gpus_per_node == 0
+
+
+def test_answers_count_as_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exam that outlasts its time limit is started again as long as it gets on."""
+    files, log = RunFiles(tmp_path), tmp_path / "eval" / "answers.1-of-2.jsonl"
+    settings = {"max_restarts_without_progress": 1}
+    write_specification(files, StageJob(name="eval", script="eval", command=(), answers="eval"), settings)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    log.parent.mkdir()
+    for _ in range(3):
+        with open(log, "a") as stream:
+            stream.write("{}\n")
+        assert supervisor.main(["begin", str(tmp_path), "eval"]) == 0
+    assert supervisor.main(["begin", str(tmp_path), "eval"]) == 0
+    assert supervisor.main(["begin", str(tmp_path), "eval"]) == supervisor.GIVE_UP_EXIT_CODE
+    assert jobs_of(recipe(tmp_path))["eval-base-shards"].answers == "/lustre/runs/exam72/eval/base"
