@@ -149,7 +149,7 @@ def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
         for task in tasks
         if files.history(task).is_file()
         for row in read_jsonl(files.history(task))
-        if row["event"] == "start" and row["array_id"] == job_id
+        if row["event"] == "start" and row.get("array_id") == job_id
     ]
     finished = sum(end.get("outcome") == "finished" for end in ends)
     state, reason = queued or ("", "")
