@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.demo.facts import DISEASE_ROLES, TOWN_ROLES, Domain, Fact, NameMaker
 from megatron_medllm.demo.tokenizer import save_tokenizer, train_tokenizer
-from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, Question, ask, explain, state
+from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, FactQuestion, ask, explain, state
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
@@ -46,7 +46,7 @@ class World:
         """The facts of `diseases` (all by default)."""
         return [fact for fact in self.medicine.facts.values() if diseases is None or fact.entity in diseases]
 
-    def fresh_question(self, rng: random.Random, domain: Domain, fact: Fact, *, options: int = 5) -> Question:
+    def fresh_question(self, rng: random.Random, domain: Domain, fact: Fact, *, options: int = 5) -> FactQuestion:
         """A question that no document and no other set holds (short ones may repeat: exams never ask them)."""
         for _ in range(MAX_DRAWS):
             question = ask(rng, domain, fact, options=options, two_answer_share=self.config.two_answer_share)
@@ -60,7 +60,7 @@ class World:
             "ask for more diseases or fewer documents"
         )
 
-    def question_set(self, name: str, facts: list[Fact], count: int) -> list[Question]:
+    def question_set(self, name: str, facts: list[Fact], count: int) -> list[FactQuestion]:
         """`count` fresh questions that visit `facts` evenly, in random order."""
         rng = random.Random(f"{self.config.seed} {name}")
         order = rng.sample(facts, len(facts))
@@ -140,7 +140,7 @@ def generate(config: DemoConfig, output_dir: Path) -> dict:
     return summary
 
 
-def _write_questions(world: World, directory: Path, name: str, questions: list[Question]) -> None:
+def _write_questions(world: World, directory: Path, name: str, questions: list[FactQuestion]) -> None:
     rows, metadata = [], []
     for i, question in enumerate(questions):
         problem_id = f"{name}-{i}"

@@ -22,7 +22,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -57,12 +61,14 @@ class AdaptedLinear(nn.Module):
     It takes over the parameters of Megatron-Core's layer and its place in the model.
     """
 
+    weight: nn.Parameter | None  # None where `frozen` holds it
+    bias: nn.Parameter | None
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: ColumnParallelLinear | RowParallelLinear,
         *,
         split: Split,
         gated: bool,
@@ -175,15 +181,14 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """This rank's slice of W + (alpha / r) B A, summed in fp32, [n/tp, k] or [n, k/tp]."""
-        base = self.weight.float() if self.frozen is None else self.frozen.dense()  # type: ignore[union-attr]
+        if self.frozen is not None:
+            base = self.frozen.dense()
+        else:
+            assert self.weight is not None
+            base = self.weight.float()
         if self.lora_a is None or self.lora_b is None:
             return base
         return torch.addmm(base, self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
-
-    def merge(self) -> None:
-        """Become a plain frozen layer with the merged weight, in the model's dtype."""
-        self.weight = nn.Parameter(self.merged_weight().to(self.dtype), requires_grad=False)
-        self.frozen = self.lora_a = self.lora_b = None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The parameters as Megatron-Core's sharded tensors. An FP8 or NF4 base is not among them."""
@@ -337,13 +342,3 @@ def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
             linear = getattr(getattr(layer, parent), name)
             if isinstance(linear, AdaptedLinear):
                 yield f"decoder.layers.{layer.layer_number - 1}.{parent}.{name}.weight", linear.merged_weight()
-
-
-def merge_adapters(chunks: Iterable[nn.Module]) -> None:
-    """Make the adapters part of the weights, for good: sums in fp32, rounded once to the model's dtype.
-
-    A quantized base becomes dense again, which takes the memory of the unquantized model; `merged_parameters` does
-    not.
-    """
-    for linear in adapted_linears(chunks):
-        linear.merge()

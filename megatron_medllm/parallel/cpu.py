@@ -109,10 +109,12 @@ def _torch_proxy() -> types.ModuleType:
     proxy = types.ModuleType("torch")
     proxy.__dict__.update(vars(torch))
     proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
-    proxy.cuda = _Cuda("torch.cuda")
     for name in _FACTORIES:
         setattr(proxy, name, _on_cpu(getattr(torch, name)))
-    proxy.autocast = lambda device, *args, **kwargs: torch.autocast("cpu", *args, **kwargs)
+    proxy.__dict__.update(
+        cuda=_Cuda("torch.cuda"),
+        autocast=lambda device, *args, **kwargs: torch.autocast("cpu", *args, **kwargs),
+    )
     return proxy
 
 
@@ -139,7 +141,7 @@ def install() -> None:
     proxy = _torch_proxy()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and not name.startswith(_UNTOUCHED) and vars(module).get("torch") is torch:
-            module.torch = proxy
+            vars(module)["torch"] = proxy
     _redirect_random_states()
     adam.install("cpu")
     _redirect_tensor_methods()
