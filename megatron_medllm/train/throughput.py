@@ -108,5 +108,4 @@ def peak_flops(workload: Workload, hardware: str) -> float:
         UserError: the planner has no such hardware.
     """
     machine = load_hardware(hardware)
-    fp8 = workload.precision == "fp8" or workload.mode == "fp8-lora"
-    return machine.peak_fp8_flops if fp8 and machine.peak_fp8_flops else machine.peak_bf16_flops
+    return machine.peak_fp8_flops if workload.fp8_products and machine.peak_fp8_flops else machine.peak_bf16_flops
