@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_medllm.certify.shrink import MARKER, SAVED_AFTER
 from megatron_medllm.certify.whole import whole_tensors
-from megatron_medllm.certify.world import END
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig, OptimizerConfig, RpoConfig
 from megatron_medllm.corpus.index import read_index
+from megatron_medllm.data.number_words import END
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 
 SIDES = ("chosen", "rejected")

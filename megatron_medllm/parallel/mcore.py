@@ -202,7 +202,7 @@ def _is_partly_frozen(chunk: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in chunk.parameters())
 
 
-def stored_bytes(state: dict[str, Any]) -> int:
+def written_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this process will write; replicas count once over all processes."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
     return sum(entry.data.nbytes for entry in tensors if is_written_here(entry))

@@ -88,7 +88,7 @@ class Checkpoints:
         name = f"step-{step:08d}"
         save = _Save(step, self.directory / f".partial-{name}", self.directory / name, time.monotonic())
         state = mcore.sharded_state(chunks, optimizer, is_loading=False)
-        problem = self._make_room(save, mcore.stored_bytes(state))
+        problem = self._make_room(save, mcore.written_bytes(state))
         if problem is None:
             try:
                 self._writers.start(state, save.partial, wait=wait or not self._config.async_save)
