@@ -107,7 +107,7 @@ class _Learner:
             self._optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
             )
-        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+        norm: float = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
         clip = min(1.0, config.clip_grad / (norm + 1e-6))
         for name, parameter in self.trained.items():
             parameter.grad = gradients[name] * clip

@@ -7,6 +7,7 @@ seen. Every name is made up, and every directory says so.
 
 import random
 from pathlib import Path
+from typing import Any
 
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.demo.facts import DISEASE_ROLES, TOWN_ROLES, Domain, Fact, NameMaker
@@ -40,7 +41,7 @@ class World:
         order = rng.sample(self.medicine.entities, config.diseases)
         self.known = set(order[: config.known_diseases])
         self.unseen = set(rng.sample(self.medicine.entities, round(config.unseen_share * config.diseases)))
-        self._used: set[tuple] = set()
+        self._used: set[tuple[Any, ...]] = set()
 
     def disease_facts(self, diseases: set[str] | None = None) -> list[Fact]:
         """The facts of `diseases` (all by default)."""
@@ -68,7 +69,7 @@ class World:
 
     def corpus(
         self, name: str, sources: list[tuple[Domain, list[Fact], int]], option_counts: tuple[int, ...]
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Documents `{"text", "id", "kind"}`: for each source, so many about its facts; shuffled."""
         rng = random.Random(f"{self.config.seed} {name}")
         documents = [
@@ -92,7 +93,7 @@ class World:
         return ("explained careful" if careful else "explained careless"), text
 
 
-def generate(config: DemoConfig, output_dir: Path) -> dict:
+def generate(config: DemoConfig, output_dir: Path) -> dict[str, Any]:
     """Write the world under `output_dir` and return a summary (counts by file and kind, and the vocabulary's size).
 
     Files: `base.jsonl`, `medical.jsonl`; `exam/`, `development/`, `train/` with `questions.jsonl` in IgakuQA's schema
@@ -170,6 +171,6 @@ def _write_questions(world: World, directory: Path, name: str, questions: list[F
     write_jsonl(directory / "questions_metadata.jsonl", metadata)
 
 
-def _count_kinds(documents: list[dict]) -> dict[str, int]:
+def _count_kinds(documents: list[dict[str, Any]]) -> dict[str, int]:
     kinds = [row["kind"] for row in documents]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

@@ -90,7 +90,8 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
 def _read_summary(directory: Path) -> dict[str, Any]:
     if not (directory / "summary.json").is_file():
         raise UserError(f"{directory}: holds no summary.json; run `medllm eval` there first")
-    return read_json(directory / "summary.json")
+    summary: dict[str, Any] = read_json(directory / "summary.json")
+    return summary
 
 
 def _mode_row(result: dict[str, Any]) -> dict[str, Any]:

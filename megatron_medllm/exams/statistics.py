@@ -93,7 +93,7 @@ def mcnemar_exact(lost: int, won: int) -> float:
     """Two-sided exact p-value for `lost` right-to-wrong and `won` wrong-to-right flips (McNemar 1947, binomial)."""
     n, k = lost + won, min(lost, won)
     tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / (1 << n))
 
 
 def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:

@@ -190,7 +190,7 @@ def _redirect_tensor_methods() -> None:
         return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
 
     torch.Tensor.type = type_as_megatron_asks  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _mend_recompute_without_te() -> None:

@@ -89,12 +89,14 @@ def _mode_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _paired(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[tuple[dict, dict]]:
+def _paired(
+    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     known = {row["problem_id"]: row for row in first}
     return [(known[row["problem_id"]], row) for row in second if row["problem_id"] in known]
 
 
-def _difference(pairs: Sequence[tuple[dict, dict]], options: Mapping[str, int]) -> PairedDifference:
+def _difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], options: Mapping[str, int]) -> PairedDifference:
     return paired_difference(
         [first["correct"] for first, _ in pairs],
         [second["correct"] for _, second in pairs],
