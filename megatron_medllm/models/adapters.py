@@ -17,7 +17,6 @@ everything that knows the base by name goes on doing so.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -89,7 +88,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
             raise ValueError("a bias that is left to the caller is not supported")
-        self.split, self.gated, self.enabled, self.context = split, gated, True, context
+        self.split, self.gated, self.context = split, gated, context
         self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
         self.dropout, self.scale = config.dropout, config.alpha / config.rank
         self.bias, self.dtype = linear.bias, linear.weight.dtype
@@ -122,7 +121,7 @@ class AdaptedLinear(nn.Module):
         """
         x = x.flatten(0, 1)
         y = self._base_column(x) if self.split == "column" else self._base_row(x)
-        if self.enabled and self.lora_a is not None and self.lora_b is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, r]
             y = _add_low_rank(y, narrow, self.lora_b, self.scale)
         return y[:, None], None
@@ -307,19 +306,6 @@ def adapted_linears(chunks: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
     """Every layer that `add_adapters` put in."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, AdaptedLinear))
-
-
-@contextmanager
-def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the base alone: the reference of a preference run that trains an adapter."""
-    layers = list(adapted_linears(chunks))
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
 
 
 def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
