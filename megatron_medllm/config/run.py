@@ -122,7 +122,7 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
-class _Loader(get_yaml_loader()):  # type: ignore[misc]
+class _Loader(get_yaml_loader()):  # type: ignore[misc]  # a base that a call returns
     """OmegaConf's YAML, but 12:00:00 stays what it says: YAML 1.1 makes it a number to the base of 60, 43200."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:

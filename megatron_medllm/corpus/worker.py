@@ -263,7 +263,7 @@ class PartWriter:
         """Write the columns, then the facts that declare the part complete."""
         columns = {name: np.concatenate(chunks) for name, chunks in self.columns.items()}
         with atomic_write(self.stem.with_suffix(".npz")) as stream:
-            np.savez(stream, **columns)  # type: ignore[arg-type]
+            np.savez(stream, **columns)  # type: ignore[arg-type]  # to mypy one of them might be allow_pickle
         facts = {
             "documents": len(columns["lengths"]) if columns else 0,
             "tokens": self.tokens,

@@ -105,7 +105,7 @@ class AdaptedLinear(nn.Module):
     def _half(self, shape: tuple[int, int], device: torch.device, *, split_dim: int | None) -> nn.Parameter:
         half = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
         if split_dim is None:
-            half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
         else:
             set_tensor_model_parallel_attributes(half, is_parallel=True, dim=split_dim, stride=1)
         return half

@@ -108,7 +108,7 @@ def _on_cpu(factory: Callable) -> Callable:
 def _torch_proxy() -> types.ModuleType:
     proxy = types.ModuleType("torch")
     proxy.__dict__.update(vars(torch))
-    proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
+    proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]  # what a proxy is
     for name in _FACTORIES:
         setattr(proxy, name, _on_cpu(getattr(torch, name)))
     proxy.__dict__.update(
@@ -189,6 +189,7 @@ def _redirect_tensor_methods() -> None:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
 
+    # Both methods are replaced on purpose.
     torch.Tensor.type = type_as_megatron_asks  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
