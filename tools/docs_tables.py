@@ -1,8 +1,8 @@
 """Rewrite the documentation's blocks that commands printed, so that they cannot go stale.
 
-    python tools/docs_tables.py              rerun every command of docs/tables.toml, rewrite its block
-    python tools/docs_tables.py --check      rewrite nothing; exit status 1 where a block is stale (slow ones left out)
-    python tools/docs_tables.py plan-7b ...  these alone
+python tools/docs_tables.py              rerun every command of docs/tables.toml, rewrite its block
+python tools/docs_tables.py --check      rewrite nothing; exit status 1 where a block is stale (slow ones left out)
+python tools/docs_tables.py plan-7b ...  these alone
 """
 
 import argparse
