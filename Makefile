@@ -6,7 +6,7 @@ UV     := $(shell command -v uv 2>/dev/null)
 # uv does not read pip's PIP_FIND_LINKS: hand it on.
 UV_LINKS := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
 
-.PHONY: help demo test test-slurm fuzz certify-faults lint clean
+.PHONY: help demo test test-slurm fuzz certify-faults lint docs-tables clean
 
 help:
 	@echo "make demo        the whole recipe on an invented miniature world, ending in a table and an HTML report"
@@ -15,6 +15,7 @@ help:
 	@echo "make fuzz        random files, questions, pairs, adapters and recipes for FUZZ_SECONDS (600)"
 	@echo "make certify-faults  every layout's certificate, every injected fault (half an hour on two cores)"
 	@echo "make lint        ruff, mypy, the import contract, shellcheck"
+	@echo "make docs-tables  reruns the commands whose output the documentation shows, and rewrites it"
 
 # A stamp file per set of dependencies, so that a second run installs nothing.
 $(VENV)/.made:
@@ -67,6 +68,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tools/*.sh .ci/run; else echo "shellcheck is not installed: skipped"; fi
+
+docs-tables: $(VENV)/.installed
+	$(BIN)/python tools/docs_tables.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -119,7 +119,7 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
 
 
 def doctor() -> None:
-    """Say what this machine has, what it lacks, and what the lack costs."""
+    """Check the installation: what is missing, and which features need it."""
     from megatron_medllm.launch.doctor import doctor as examine
     from megatron_medllm.launch.doctor import doctor_report, failed
 

@@ -175,7 +175,7 @@ def _kv_rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | sl
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """n pieces as rows of l keys, padded on the right. A query stands where its own key does.
+    """n pieces as rows of l keys, padded on the right. Query i has the same position as key i.
 
     Padding repeats row 0 of the stream; a slot that holds no query of the piece (padding, its prefix, keys before its
     chunk) repeats this rank's query 0, and its output is thrown away.
