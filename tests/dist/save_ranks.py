@@ -19,18 +19,11 @@ from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.planner.host_memory import saved_share_bytes
 from megatron_medllm.planner.workload import Workload
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
+from tests.worlds.shapes import ODD_SHAPE
 
 # Odd widths: a data-parallel rank's range of a parameter starts and ends inside a row.
-SHAPE = ModelShape(
-    num_layers=4,
-    hidden_size=72,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=100,
-    vocab_size=300,
-    tie_embeddings=True,
-)
+SHAPE = ModelShape.model_validate(ODD_SHAPE | {"tie_embeddings": True})
 
 
 def built(layout: LayoutConfig, *, dtype: str = "bfloat16", timeout_s: float = 60) -> tuple[Any, list[Any], Any]:

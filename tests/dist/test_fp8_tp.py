@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_medllm.kernels.fp8 import fp8_frozen_linear, quantize_weight
-from tests.unit.kernels.head_cases import relative_error
+from tests.worlds.head import relative_error
 
 TOKENS, K, N, RANK = 24, 512, 256, 4
 

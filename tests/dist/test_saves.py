@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.storage import digest_file
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 
 @pytest.mark.parametrize(

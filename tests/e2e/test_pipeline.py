@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import SHAPE, cpt_settings, medllm, run_medllm, small_recipe, write_recipe
+
+from tests.worlds.run import cpt_settings, medllm, run_medllm, small_recipe, write_recipe
+from tests.worlds.shapes import SHAPE
 
 
 def stages(run_dir: Path) -> dict[str, tuple[str, float]]:

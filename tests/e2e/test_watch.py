@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import cpt_settings, medllm, metrics, write_recipe
 
 from megatron_medllm.config.cluster import STALLED_EXIT_CODE
 from megatron_medllm.config.run import load
 from megatron_medllm.train.loop import train
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
+from tests.worlds.run import cpt_settings, medllm, metrics, write_recipe
 
 TIMEOUT_S = 5.0
 

@@ -7,28 +7,21 @@ import pytest
 import torch
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.context import ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
-from tests.unit.kernels.head_cases import relative_error
-from tests.unit.models.tiny import documents, positions_of
+from tests.worlds.head import relative_error
+from tests.worlds.model import documents, positions_of
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SEGMENTS = (Segment(0, 50), Segment(50, 250), Segment(250, 300, 50, 250), Segment(300, 420, 50, 250), Segment(420, 421))
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=256,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=320,
-    vocab_size=512,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=256, ffn_hidden_size=320, vocab_size=512)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

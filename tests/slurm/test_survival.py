@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from local_slurm import LocalSlurm, ended, output, starts
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
 from megatron_medllm.launch.status import cancel, run_status
 from megatron_medllm.storage import read_jsonl
+from tests.slurm.local_slurm import LocalSlurm, ended, output, starts
 
 FAKE = str(Path(__file__).parent / "fake_trainer.py")
 

@@ -4,14 +4,13 @@ import random
 
 import numpy as np
 import pytest
-from corpus_samples import SENTENCES, write_jsonl
-from test_corpus_read import read_dropped
 
 from megatron_medllm.config.corpus import DedupConfig
 from megatron_medllm.corpus.build import build
 from megatron_medllm.corpus.dedup import _join, _roots, sign
 from megatron_medllm.corpus.index import read_index
 from megatron_medllm.corpus.shingles import hash_grams_of_texts
+from tests.worlds.corpus import SENTENCES, read_dropped, write_jsonl
 
 ALPHABET = [chr(code) for code in range(0x4E00, 0x4F00)] + [chr(code) for code in range(0x3041, 0x3090)]
 

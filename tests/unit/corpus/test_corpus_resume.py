@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus_samples import SENTENCES, write_jsonl
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus import index
 from megatron_medllm.corpus.build import build
 from megatron_medllm.errors import UserError
+from tests.worlds.corpus import SENTENCES, write_jsonl
 
 SCRIPT = """
 import sys

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from corpus_samples import FUZZ, SENTENCES
 
 from megatron_medllm.corpus import tokenizer as room
 from megatron_medllm.corpus.index import read_index
@@ -20,6 +19,7 @@ from megatron_medllm.corpus.inspect import inspect
 from megatron_medllm.corpus.tokenizer import Encoders, choose_backend, describe_tokenizer, load_encoder
 from megatron_medllm.corpus.worker import Job, encode_fast, start_worker
 from megatron_medllm.errors import UserError
+from tests.worlds.corpus import FUZZ, SENTENCES
 
 PATTERN = r"\p{L}+|\p{N}{1,3}|[^\p{L}\p{N}]+"
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.logprob.head import _row_backend
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 SCALINGS = [(1.0, None), (0.7, None), (1.0, 3.0), (1.3, 5.0)]
 

@@ -9,22 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models import frozen_base
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from tests.worlds.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=256,
-    vocab_size=96,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=128, ffn_hidden_size=256, vocab_size=96)
 IDS = torch.arange(24) * 7 % 96
 
 

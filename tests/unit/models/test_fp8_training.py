@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_medllm.checkpoint.hf_reader import load_hf_weights
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape
+from megatron_medllm.config.model import SIZES, ModelConfig
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig, TrainConfig
 from megatron_medllm.config.train import Fp8Recipe as Recipe
 from megatron_medllm.data.microbatch import MicroBatch
@@ -21,21 +21,14 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.train.one_step import forward_backward
-from tests.unit.checkpoint.twins import twin_shape, write_twin
-from tests.unit.models.tiny import CPU, build_tiny, documents, relative, run
+from tests.worlds.model import CPU, build_tiny, documents, relative, run
+from tests.worlds.model_dir import twin_shape, write_twin
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 FFN = 200  # built 256 wide
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=FFN,
-    vocab_size=64,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=128, ffn_hidden_size=FFN, vocab_size=64)
 STREAM = 128
 IDS = torch.arange(24) * 7 % 64
 
