@@ -208,7 +208,7 @@ def test_another_input_is_refused_and_named(model, scored, tmp_path):
 
 
 def test_scoring_goes_on_where_it_was_interrupted(model, scored, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_PAIRS_PER_PART", 12)
+    monkeypatch.setattr(scoring, "PAIRS_PER_PART", 12)
     write_part, written = ReferenceCache.write_part, []
 
     def until_the_third(self, number, columns):

@@ -41,12 +41,10 @@ def test_a_stopped_rank_is_named_with_every_ranks_stack(tiny_world, tmp_path, st
         wait_for_steps(tmp_path / "cpt", process, 2)
         victim = rank_processes(process.pid)[stopped]
         os.kill(victim, signal.SIGSTOP)
-        started = time.monotonic()
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == STALLED_EXIT_CODE, output
-    assert time.monotonic() - started < TIMEOUT_S + 30
     watch = tmp_path / "cpt" / "watch"
     verdict = json.loads((watch / "stall.json").read_text())
     assert verdict["kind"] == "silent"

@@ -129,7 +129,9 @@ VALUES = JSON | st.sampled_from(
 def set_at(recipe: Any, path: tuple[Any, ...], value: Any) -> None:
     """Change one place, where it is still there."""
     for key in path[:-1]:
-        if not isinstance(recipe, dict | list) or (isinstance(recipe, list) and key >= len(recipe)):
+        if not isinstance(recipe, dict | list) or (
+            isinstance(recipe, list) and not (isinstance(key, int) and key < len(recipe))
+        ):
             return
         recipe = recipe[key] if isinstance(recipe, list) else recipe.get(key)
     if isinstance(recipe, dict):

@@ -65,8 +65,8 @@ def choose(facts):
 def test_disagreement_means_the_reference(tokenizer_dir, monkeypatch):
     facts = describe_tokenizer(str(tokenizer_dir))
     assert choose(facts)[0] == "fastokens"
-    honest = room._fastokens_encoder
-    monkeypatch.setattr(room, "_fastokens_encoder", lambda path: lambda texts: honest(path)([t + "。" for t in texts]))
+    honest = room.fastokens_encoder
+    monkeypatch.setattr(room, "fastokens_encoder", lambda path: lambda texts: honest(path)([t + "。" for t in texts]))
     assert choose(facts) == (
         "tokenizers",
         "fastokens' ids differ on a sample of 5 texts",
@@ -77,7 +77,7 @@ def test_library_that_cannot_load_is_told(tokenizer_dir, monkeypatch):
     def fail(path):
         raise ValueError("unsupported model")
 
-    monkeypatch.setattr(room, "_fastokens_encoder", fail)
+    monkeypatch.setattr(room, "fastokens_encoder", fail)
     facts = describe_tokenizer(str(tokenizer_dir))
     assert choose(facts) == (
         "tokenizers",
