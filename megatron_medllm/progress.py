@@ -1,6 +1,7 @@
 """Progress of long work: a bar at a terminal, or a small file that `medllm pipeline` shows for its stages."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,20 @@ _UPDATES_PER_S = 5.0
 
 
 class ProgressFile:
-    """Writes `{"title", "done", "total", "note"}` to the file that a parent process watches."""
+    """Writes `{"title", "done", "total", "note"}` to the file that a parent process watches. Threads may share it."""
 
     def __init__(self, path: Path, *, title: str, total: float | None) -> None:
         self.path, self.title, self.total = path, title, total
         self.done, self.note, self._written_at = 0.0, "", 0.0
+        self._lock = threading.Lock()
         self._write()
 
     def update(self, done: float, note: str = "") -> None:
         """Set the amount done so far, and a short note such as the loss."""
-        self.done, self.note = done, note
-        if time.monotonic() - self._written_at >= 1 / _UPDATES_PER_S or done == self.total:
-            self._write()
+        with self._lock:
+            self.done, self.note = done, note
+            if time.monotonic() - self._written_at >= 1 / _UPDATES_PER_S or done == self.total:
+                self._write()
 
     def _write(self) -> None:
         row = {"title": self.title, "done": self.done, "total": self.total, "note": self.note}

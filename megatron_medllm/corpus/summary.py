@@ -14,7 +14,7 @@ def write_summary(path: Path, manifest: dict[str, Any]) -> None:
         path,
         "megatron_medllm.corpus",
         "summary.html.jinja",
-        name=path.resolve().parent.name,
+        name=", ".join(sources),  # not the folder's name: the page, too, is the same bytes wherever it is built
         manifest=manifest,
         tokens=[(name, facts["tokens"]) for name, facts in sources.items()],
         dropped=[(step, sum(facts["dropped"].get(step, 0) for facts in sources.values())) for step in steps],

@@ -75,7 +75,7 @@ def documents_see_each_other():
     "responses' positions do not continue from their prompt's, but one later", {}, "transformers: losses", stage="rpo"
 )
 def positions_behind_prompt():
-    from megatron_medllm.data import pairs
+    from megatron_medllm.data import pair_streams
 
     def make(original: Callable) -> Callable:
         def stream(pair: Any, **more: Any) -> Any:
@@ -86,7 +86,7 @@ def positions_behind_prompt():
 
         return stream
 
-    return wrap(pairs, "_pair_stream", make)
+    return wrap(pair_streams, "_pair_stream", make)
 
 
 @fault("the prompt sees a response: attention is not causal", {}, "layout: runs to its end", stage="rpo")
@@ -105,7 +105,7 @@ def prompt_sees_response():
 
 @fault("the rejected response sees the chosen one", {}, "transformers: losses", stage="rpo")
 def rejected_sees_chosen():
-    from megatron_medllm.data import pairs
+    from megatron_medllm.data import pair_streams
 
     def make(original: Callable) -> Callable:
         def stream(pair: Any, **more: Any) -> Any:
@@ -115,7 +115,7 @@ def rejected_sees_chosen():
 
         return stream
 
-    return wrap(pairs, "_pair_stream", make)
+    return wrap(pair_streams, "_pair_stream", make)
 
 
 @fault("the loss is the mean of the micro-batches' means", {}, "transformers: gradients, step 1")

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_or_adapter_is_refused(tmp_path: Path, base: Path):
     with running(base) as (chunk, _):
         trained_adapter(chunk, CONFIG)
         (tmp_path / "ckpt").mkdir()
-        mcore.StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
+        StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), tmp_path / "ckpt", wait=True)
     describe_checkpoint(tmp_path / "ckpt", SHAPE, dtype=torch.float32, source_dir=base, adapter=CONFIG)
     export_peft(tmp_path / "ckpt", tmp_path / "peft", base_model=None)
     path = tmp_path / "peft" / "adapter_model.safetensors"

@@ -226,6 +226,8 @@ def test_a_model_that_runs_on_is_cut_off_only_where_no_answer_came(exam_dir: Pat
     def running_on(body: dict) -> str:
         if not body["prompt"].endswith("考察:"):
             return "b\n考察: 次の文"
+        if "カゼ病" in body["prompt"]:  # the limit came right behind the answer
+            return "aは誤り。\n答え: b"
         first = "ソラ病の主症状" in body["prompt"]
         return "よくわからないが、" * 9 if first else "aは誤り。\n答え: b\n\n問題: 次\n答え: c"
 
