@@ -10,6 +10,7 @@ from tests.worlds.run import REPOSITORY, run_config, write_recipe
 
 from megatron_medllm.certify.certificate import certificate_report
 from megatron_medllm.certify.run import certify, prove
+from megatron_medllm.certify.stages import certificates, certify_stages
 from megatron_medllm.config.run import RunConfig, load
 
 ALL = "MEDLLM_CERTIFY_ALL"  # a file that takes a line of JSON for every certificate
@@ -94,8 +95,9 @@ def test_a_certificate_is_made_once(tmp_path: Path) -> None:
 
 
 def test_submit_says_whether_the_layout_is_certified(tmp_path: Path) -> None:
-    from megatron_medllm.recipe import certificates
-
     settings = run_of("one", tmp_path / "run").model_dump(mode="json") | {"cluster": {"gpus": False}}
     recipe = load(write_recipe(settings, tmp_path / "recipe.yaml"), [])
     assert certificates(recipe) == "certificate cpt   no certificate (medllm certify makes one on CPUs)"
+
+    certify_stages(recipe)  # what `submit --certify` does first
+    assert certificates(recipe).startswith("certificate cpt   certified 20")

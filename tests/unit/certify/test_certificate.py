@@ -23,6 +23,7 @@ from megatron_medllm.certify.certificate import (
 from megatron_medllm.certify.compare import worst_tensor
 from megatron_medllm.certify.run import certify
 from megatron_medllm.certify.shrink import fold, shrink, shrink_shape
+from megatron_medllm.certify.stages import certify_stages
 from megatron_medllm.certify.world import write_documents
 from megatron_medllm.cli.app import app
 from megatron_medllm.config.layout import LayoutConfig, padded_vocab_size
@@ -207,6 +208,13 @@ def test_an_infinite_difference_survives_the_file(tmp_path):
     assert not found.passed and found.checks[0].difference == math.inf
     assert "CERTIFICATION FAILED" in state_of(run)
     assert "FAIL layout: runs to its end" in certificate_report(found)
+
+
+def test_nothing_is_submitted_that_is_not_certified(tmp_path):
+    run = run_of(tmp_path)
+    write_certificate(certificate_for(run, Check("gradients, step 1", 0.5, 1e-5, "model.norm.weight")), tmp_path)
+    with pytest.raises(UserError, match=r"stage cpt is not certified: gradients, step 1 \(model.norm.weight\)"):
+        certify_stages(run)
 
 
 def test_tensors_that_are_missing_or_not_numbers_differ_infinitely():

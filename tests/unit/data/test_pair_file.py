@@ -141,9 +141,9 @@ def frames(data: bytes) -> bytes:
         ("p.jsonl", b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n")),
         ("p.json", ARRAY),
         ("p.json", TEXT),
-        ("p.jsonl.gz", gzip.compress(TEXT)),
-        ("p.json.gz", gzip.compress(b"\xef\xbb\xbf" + ARRAY)),
-        ("p.jsonl", gzip.compress(TEXT[:70]) + gzip.compress(TEXT[70:])),  # by content, whatever the name
+        ("p.jsonl.gz", gzip.compress(TEXT, mtime=0)),
+        ("p.json.gz", gzip.compress(b"\xef\xbb\xbf" + ARRAY, mtime=0)),
+        ("p.jsonl", gzip.compress(TEXT[:70], mtime=0) + gzip.compress(TEXT[70:], mtime=0)),  # by content
         ("p.jsonl.zst", zstandard.compress(TEXT)),
         ("p.jsonl.zst", frames(TEXT)),
     ],
@@ -166,7 +166,7 @@ def test_parquet_with_messages(tmp_path: Path) -> None:
         ("p.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         ("p.jsonl", b'{"prompt": "\xff"}\n', r"p\.jsonl:1: not JSON"),
         ("p.jsonl", b"[1, 2", "not a JSON array"),
-        ("p.jsonl.gz", gzip.compress(TEXT)[:-12], "cannot be read"),
+        ("p.jsonl.gz", gzip.compress(TEXT, mtime=0)[:-12], "cannot be read"),
         ("p.jsonl.zst", b"plain text", "cannot be read"),
         ("p.jsonl.zst", zstandard.compress(TEXT)[:-5], "cannot be read|cut short"),
         ("p.parquet", b"PAR1", "broken Parquet"),

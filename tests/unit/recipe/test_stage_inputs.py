@@ -137,7 +137,7 @@ def test_a_changed_input_redoes_exactly_its_dependants(place: Path, tmp_path: Pa
         ({"guard": {"loss_spike_factor": 3.0}}, AFTER_RPO),
         ({"epochs": 2.0}, AFTER_RPO),
     ],
-    ids=str,
+    ids=["watch", "checkpoint", "walltime", "spike factor", "epochs"],
 )
 def test_what_only_the_run_depends_on_redoes_nothing(place: Path, setting: dict, redone: set[str]) -> None:
     before = parts_of(recipe(place))
