@@ -61,7 +61,7 @@ class StateWriter:
         if not wait:
             local = _copied(local)
         self._directory, self._common = directory, local.common
-        self._job = self._thread.submit(_write, local.pieces, directory, dist.get_rank(), are_copies=not wait)
+        self._job = self._thread.submit(write_pieces, local.pieces, directory, dist.get_rank(), are_copies=not wait)
         if wait:
             self.finished(block=True)
 
@@ -145,7 +145,7 @@ class _HashedStream:
         """`torch.save` calls it behind every tensor; the file is flushed once, at its end."""
 
 
-def _write(pieces: list[StatePiece], directory: Path, rank: int, *, are_copies: bool) -> _Written:
+def write_pieces(pieces: list[StatePiece], directory: Path, rank: int, *, are_copies: bool) -> _Written:
     """Write the pieces into this rank's file and flush it to the disk."""
     written = _Written()
     if not pieces:

@@ -108,7 +108,10 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         for override in overrides:
             key, _, value = override.partition("=")
             OmegaConf.update(changes, key, _read_yaml(value))
-        merged = OmegaConf.merge(recipe or {}, changes)
+        try:
+            merged = OmegaConf.merge(recipe or {}, changes)
+        except TypeError:  # how OmegaConf says that one of the two has a list where the other has a section
+            raise UserError(f"{path}: a list and a section meet under one key of {' '.join(overrides)}") from None
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key} must be given, as {error.full_key}=…") from None

@@ -44,7 +44,7 @@ def compare_evaluations(
     return {
         "exam": exam,
         "rows": rows,
-        "published": _published_rows(exam) if published else [],
+        "published": published_rows(exam) if published else [],
         "differences": differences,
     }
 
@@ -101,7 +101,8 @@ def _mode_row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published_rows(exam: str) -> list[dict[str, Any]]:
+def published_rows(exam: str) -> list[dict[str, Any]]:
+    """What the literature reports for the exam, a row a model; none for an exam without such figures."""
     published = load_rules(exam).get("published")
     if not published:
         return []

@@ -122,7 +122,7 @@ class AdaptedLinear(nn.Module):
         x = x.flatten(0, 1)
         y = self._base_column(x) if self.split == "column" else self._base_row(x)
         if self.lora_a is not None and self.lora_b is not None:
-            narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, r]
+            narrow = self._share(F.linear(self.dropped(x), self.lora_a))  # [t, r]
             y = _add_low_rank(y, narrow, self.lora_b, self.scale)
         return y[:, None], None
 
@@ -159,7 +159,7 @@ class AdaptedLinear(nn.Module):
             return gather_from_sequence_parallel_region(narrow, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
         """x with dropout: every rank draws the mask of the whole input and takes its slice, as one process would.
 
         That needs nothing but torch's default random state, which is the same on all ranks of the group.

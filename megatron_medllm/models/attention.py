@@ -68,7 +68,7 @@ class PackedAttention(nn.Module):
         if self.cp_group is not None:
             key, value = gather_stream(torch.cat((key, value), dim=1), self.cp_group).chunk(2, dim=1)  # [t, ng, hn]
         flash = query.is_cuda and query.dtype is not torch.float32
-        attend = _flash_varlen if flash else _padded_sdpa
+        attend = flash_varlen if flash else padded_sdpa
         out = attend(query, key, value, packed_seq_params, self.scale)
         return out.reshape(query.shape[0], 1, -1)
 
@@ -76,7 +76,8 @@ class PackedAttention(nn.Module):
         return {}
 
 
-def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+def padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """[t, np, hn]: attention of padded batches of documents, by torch alone; exact on every device."""
     out = torch.zeros_like(query)
     for batch in packed.padded_batches(query.device):
         q = query[batch.queries].transpose(1, 2)  # [n, np, l, hn]
@@ -86,7 +87,8 @@ def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequen
     return out
 
 
-def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+def flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """[t, np, hn]: the same by FlashAttention's kernel for documents of any lengths (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
     outputs = []

@@ -118,7 +118,7 @@ def _torch_proxy() -> types.ModuleType:
     return proxy
 
 
-_installed = False
+installed = False
 
 
 def install() -> None:
@@ -127,8 +127,8 @@ def install() -> None:
     Raises:
         UserError: another Megatron-Core than the one this was written against.
     """
-    global _installed
-    if _installed:
+    global installed
+    if installed:
         return
     import megatron.core
 
@@ -146,7 +146,7 @@ def install() -> None:
     adam.install("cpu")
     _redirect_tensor_methods()
     _mend_recompute_without_te()
-    _installed = True
+    installed = True
 
 
 def _redirect_random_states() -> None:

@@ -60,7 +60,7 @@ class CptStep:
             )
         runtime.layout.check_stream(self.stream_length)
         tokens = config.train_tokens or int((config.epochs or 0) * blend.train_tokens)
-        self._batch_sizes = _batch_sizes(tokens // config.sequence_length, config, per_round)
+        self._batch_sizes = batch_sizes(tokens // config.sequence_length, config, per_round)
         if not self._batch_sizes:
             raise UserError(f"{tokens} tokens do not fill one batch of {config.global_batch_size} rows")
         self._starts = [0]
@@ -184,7 +184,7 @@ def _multiple_of_micro_batches(runtime: Runtime) -> int:
     return runtime.layout.pp if runtime.layout.vpp > 1 else 1
 
 
-def _batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
+def batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
     """Rows of every step: a linear ramp in whole rounds, then the full batch, as long as rows last."""
     sizes: list[int] = []
     used = 0

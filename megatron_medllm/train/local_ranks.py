@@ -65,10 +65,10 @@ def run_local_ranks(arguments: list[str], *, processes: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, pass_on)
-    return _wait(ranks)
+    return wait_for_ranks(ranks)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def wait_for_ranks(ranks: list[subprocess.Popen]) -> int:
     """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout."""
     status, deadline = 0, math.inf
     waiting = list(ranks)

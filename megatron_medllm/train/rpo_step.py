@@ -143,7 +143,7 @@ class RpoStep:
     def check(self, step: int, metrics: dict[str, float]) -> None:
         guard = self._config.guard
         if step == 0 and self._reference and not self._starts_with_noise():
-            self._check_start(metrics)
+            self.check_start(metrics)
         if abs(metrics["margin"]) > guard.max_margin:
             raise UserError(
                 f"rpo: the mean margin is {metrics['margin']:.4g}, beyond guard.max_margin={guard.max_margin:g}; "
@@ -178,7 +178,7 @@ class RpoStep:
         adapter = self._config.adapter
         return adapter is not None and adapter.path is not None and adapter.dropout > 0
 
-    def _check_start(self, metrics: dict[str, float]) -> None:
+    def check_start(self, metrics: dict[str, float]) -> None:
         """Before the first update the policy is the reference: any margin means that one of them is wrong."""
         dtype = self._run.model.dtype
         per_token = _ZERO_MARGIN_FP8 if self._quantized else _ZERO_MARGIN[dtype]

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_medllm.kernels.logprob import fused_linear_logprob
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 WORLD = 4
 # name -> shard borders of a vocabulary of 208 rows, 203 of them real

@@ -12,7 +12,7 @@ from megatron_medllm.kernels.fp8 import (
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

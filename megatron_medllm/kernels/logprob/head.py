@@ -124,7 +124,7 @@ def fused_linear_logprob(
         upstream = torch.as_tensor(uniform_grad, dtype=torch.float32, device=hidden.device).expand(len(target))
     plan = _Plan(
         mode=mode,
-        rows=_row_backend(backend, hidden.device.type),
+        rows=row_backend(backend, hidden.device.type),
         tp_group=tp_group if tp_size > 1 else None,
         vocab_start=vocab_start,
         valid_rows=min(max(vocab_size - vocab_start, 0), weight.shape[0]),
@@ -360,7 +360,7 @@ def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
 
 
 @lru_cache
-def _row_backend(name: str, device_type: str) -> ModuleType:
+def row_backend(name: str, device_type: str) -> ModuleType:
     """The module with the row passes; says once which was chosen."""
     if name not in ("auto", "torch", "triton"):
         raise UserError(f"head backend {name!r}: expected auto, torch or triton")

@@ -14,7 +14,7 @@ from megatron_medllm.checkpoint.names import (
     weight_of_parameter,
 )
 from megatron_medllm.config.model import SIZES, ModelShape
-from tests.unit.checkpoint.twins import PUBLISHED, config_json, twin_shape
+from tests.worlds.model_dir import PUBLISHED, config_json, twin_shape
 
 SMALL = ModelShape(
     num_layers=2,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from megatron_medllm.checkpoint.convert import import_hf
 from megatron_medllm.checkpoint.verify import compare_checkpoints
 from megatron_medllm.errors import UserError
-from tests.unit.checkpoint.running import assert_close, megatron_logits, running, transformers_logits
-from tests.unit.checkpoint.twins import PUBLISHED, twin_shape, write_twin
+from tests.worlds.model_dir import PUBLISHED, twin_shape, write_twin
+from tests.worlds.running import assert_close, megatron_logits, running, transformers_logits
 
 
 @pytest.fixture

@@ -142,3 +142,11 @@ def test_the_size_table_is_qwen25s():
     assert {name: millions(shape) for name, shape in SIZES.items() if name != "mini"} == {
         "0.5b": 494, "1.5b": 1544, "3b": 3086, "7b": 7616, "14b": 14770, "32b": 32764, "72b": 72706,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("cpt", "override"), [("[]", "cpt.train_tokens=5"), ("{data: []}", "cpt.data.path=a")])
+def test_an_override_below_a_list_is_refused(tmp_path: Path, cpt: str, override: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run_dir: runs/a\nmodel: {{size: mini}}\ncpt: {cpt}\n")
+    with pytest.raises(UserError, match=rf"recipe.yaml: a list and a section meet under one key of {override}"):
+        load(path, [override])

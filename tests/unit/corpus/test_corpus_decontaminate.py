@@ -5,8 +5,6 @@ import random
 
 import numpy as np
 import pytest
-from corpus_samples import SENTENCES, SHARED, write_jsonl
-from test_corpus_read import read_dropped
 
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.decontaminate import Detector
@@ -14,6 +12,7 @@ from megatron_medllm.corpus.fold import fold, fold_origins
 from megatron_medllm.corpus.questions import SoughtQuestion, index_questions, load_questions
 from megatron_medllm.corpus.shingles import code_points
 from megatron_medllm.errors import UserError
+from tests.worlds.corpus import SENTENCES, SHARED, read_dropped, write_jsonl
 
 # Invented questions in IgakuQA's schema. The instruction recurs over the two editions.
 PREFIX = "次の文を読み、以下の問いに答えよ。なお、検査所見はすべて来院時のものである。"

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint
 
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, PromptConfig
 from megatron_medllm.errors import UserError
@@ -14,6 +13,7 @@ from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.prompts import MODES
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.storage import read_json, read_jsonl
+from tests.worlds.exam import ScriptedEndpoint
 
 # What the script answers, by a piece of the question: answer only, explained.
 ANSWERS = {

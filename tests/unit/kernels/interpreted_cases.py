@@ -15,8 +15,8 @@ from megatron_medllm.kernels.fp8 import (
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob, rows_torch, rows_triton
 from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
 from tests.unit.kernels.interpreter import cast_like_gpu, repair_casts
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 repair_casts()
 

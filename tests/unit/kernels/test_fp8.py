@@ -15,7 +15,7 @@ from megatron_medllm.kernels.fp8 import (
     transpose_fp8,
 )
 from megatron_medllm.kernels.fp8.blocks import block_scale, cast_e4m3
-from tests.unit.kernels.head_cases import relative_error
+from tests.worlds.head import relative_error
 
 
 def signal_to_noise_db(value: Tensor, expected: Tensor) -> float:

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.logprob import fused_linear_logprob
-from megatron_medllm.kernels.logprob.head import _row_backend
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+from megatron_medllm.kernels.logprob.head import row_backend
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 
 def run(case: HeadCase, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,7 +220,7 @@ def test_refuses(change, message):
 
 
 def test_backend_choice_is_logged_and_unknown_names_refused(caplog):
-    _row_backend.cache_clear()
+    row_backend.cache_clear()
     with caplog.at_level(logging.INFO):
         case = make_case()
         run(case)

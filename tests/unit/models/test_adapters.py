@@ -9,22 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models import frozen_base
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from tests.worlds.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=256,
-    vocab_size=96,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=128, ffn_hidden_size=256, vocab_size=96)
 IDS = torch.arange(24) * 7 % 96
 
 
@@ -180,7 +173,7 @@ def test_dropout_is_for_training_alone():
     model.train()
     assert not torch.equal(evaluated, logits(model))
     layer = model.decoder.layers[0].self_attention.linear_qkv
-    dropped = layer._dropped(torch.ones(1000, 1, 128))
+    dropped = layer.dropped(torch.ones(1000, 1, 128))
     assert dropped.unique().tolist() == [0.0, 2.0]
     assert 0.99 < dropped.mean() < 1.01
 
@@ -206,7 +199,7 @@ def halve(weight: Tensor, **_: Any) -> tuple[Tensor, None]:
 
 def test_nf4_layer_multiplies_by_what_is_unpacked(monkeypatch: pytest.MonkeyPatch):
     stand_in = SimpleNamespace(quantize_4bit=halve, dequantize_4bit=lambda packed, _: packed * 2 + 1)
-    monkeypatch.setattr(frozen_base, "_bitsandbytes_functional", lambda: stand_in)
+    monkeypatch.setattr(frozen_base, "bitsandbytes_functional", lambda: stand_in)
     weight = frozen_base.NF4Weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # unpacks to [[2, 3], [4, 5]]
     x = torch.tensor([[1.0, 10.0]], requires_grad=True)
     y = weight.product(x, torch.tensor([0.5, 0.0]))
@@ -220,7 +213,7 @@ def test_nf4_base():
     plain, adapted = build(), build(rank=4, base="nf4")
     assert 0 < relative(logits(adapted), logits(plain)) < 0.3
     layer = adapted.decoder.layers[0].self_attention.linear_qkv.frozen
-    assert layer._packed.numel() == 256 * 128 // 2
+    assert layer.packed.numel() == 256 * 128 // 2
     fill_b(adapted)
     expected = logits(adapted)
     expected.square().mean().backward()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exam_world import write_exam
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.errors import UserError
 from megatron_medllm.recipe.inputs import DigestMemory, Input, InputKind, input_digests, input_files
 from megatron_medllm.recipe.records import Parts, Record, recipe_parts
 from megatron_medllm.recipe.stages import recipe_stages
+from tests.worlds.exam import write_exam
 
 TRAINING = {
     "sequence_length": 64,

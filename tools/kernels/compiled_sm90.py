@@ -1,6 +1,6 @@
 """Compile every Triton kernel for Hopper, on any machine, and tabulate what ptxas made of it.
 
-Usage: python tools/kernels_sm90.py [docs/benchmarks/kernels-sm90.md]
+Usage: python tools/kernels/compiled_sm90.py [docs/benchmarks/kernels-sm90.md]
 
 Triton carries ptxas and cuobjdump in its wheel, so no GPU and no CUDA toolkit are needed. A spill (STACK, LDL, STL), a
 missing wide load or a missing FP8 conversion is visible here; speed is not.
@@ -156,8 +156,8 @@ def write_table(path: Path, results: list[Compiled]) -> None:
         "",
         f"Triton {triton.__version__} and the ptxas in its wheel; no GPU involved. Registers are per thread (65,536 a "
         "multiprocessor, 255 a thread), shared memory per block (limit 227 KiB). Made by "
-        "`python tools/kernels_sm90.py docs/benchmarks/kernels-sm90.md`; the tests compile the same and fail on a "
-        "spill, on too much shared memory and where an expected instruction is missing.",
+        "`python tools/kernels/compiled_sm90.py docs/benchmarks/kernels-sm90.md`; the tests compile the same and fail "
+        "on a spill, on too much shared memory and where an expected instruction is missing.",
         "",
         "None of these kernels multiplies matrices: GEMMs are cuBLAS (`torch.mm` with fp32 output, `scaled_mm`), so "
         "no wgmma is expected. What is: 128-bit loads and stores, hardware exp (MUFU.EX2), and the saturating "
