@@ -9,7 +9,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.exam_page import write_exam_page
 from megatron_medllm.evaluation.gate import check_requirements, parse_requirement
 from megatron_medllm.evaluation.markdown import summary_markdown
-from megatron_medllm.evaluation.outcome import Outcome, judge, mode_summary, sample_summary, stability_gap
+from megatron_medllm.evaluation.outcome import Outcome, judge_answer, mode_summary, sample_summary, stability_gap
 from megatron_medllm.exams.loading import Exam, load_exam
 from megatron_medllm.exams.prompts import Mode
 from megatron_medllm.exams.question import Question
@@ -39,7 +39,7 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path, *, merge: bo
     exam, whole_exam, asked = _prepare(config)
     answers = _answer(config, asked, model_dir, output_dir, merge=merge)
     outcomes = [
-        judge(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
+        judge_answer(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
         for question, mode, sample, request in asked
     ]
     summary = {

@@ -39,7 +39,7 @@ def sample(
         return [], None
     answers = _answer(config, asked, model_dir, log=log, merge=merge)
     candidates = [
-        judge(
+        judge_candidate(
             question,
             mode,
             request,
@@ -95,7 +95,7 @@ def _answer(
     return answer_requests(config.engine, model_dir, requests, log=log, title=title, shard=shard, merge=merge)
 
 
-def judge(
+def judge_candidate(
     question: Question,
     mode: Mode,
     request: Request,

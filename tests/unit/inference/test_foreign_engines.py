@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
@@ -13,6 +12,7 @@ from megatron_medllm.inference.answer_log import answer_requests
 from megatron_medllm.inference.engines import open_engine
 from megatron_medllm.inference.protocol import Request
 from megatron_medllm.storage import read_json
+from tests.worlds.exam import ScriptedEndpoint
 
 STAND_IN = """
 import json, os, sys

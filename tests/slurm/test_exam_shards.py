@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import yaml
-from local_slurm import LocalSlurm, output, starts
 
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, MaxNewTokens
 from megatron_medllm.config.run import load
@@ -12,6 +11,7 @@ from megatron_medllm.inference.shards import Shard
 from megatron_medllm.launch.jobs import RunFiles
 from megatron_medllm.launch.recipe_jobs import submit_recipe
 from megatron_medllm.launch.status import run_status, submitted_jobs
+from tests.slurm.local_slurm import LocalSlurm, output, starts
 
 
 def test_an_exam_in_shards_outlives_a_node_and_equals_one_process(
