@@ -15,7 +15,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slurm fuzz certify-faults coverage lint docs release-check clean
+.PHONY: help demo test test-fast test-slurm fuzz certify-faults coverage lint docs docs-tables release-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -80,6 +80,9 @@ lint: $(VENV)/.installed-test ## ruff, mypy, the import contract, shellcheck
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tools/*.sh .ci/run; else echo "shellcheck is not installed: skipped"; fi
+
+docs-tables: $(VENV)/.installed ## rerun the commands whose output the documentation shows, and rewrite it
+	$(BIN)/python tools/docs_tables.py
 
 docs: $(VENV)/.installed-docs ## the documentation as a site in build/site; a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -54,7 +54,7 @@ class Recordings:
     lora_scale: float | None  # alpha / rank of the adapter, if there is one
 
 
-def compare(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]:
+def check_recordings(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]:
     """All checks of a certificate, in the order of its table."""
     one, layout = found.one[0]["steps"], found.layout[0]["steps"]
     last = SAVED_AFTER - 1

@@ -24,7 +24,7 @@ from megatron_medllm.parallel.context import gather_stream
 from megatron_medllm.parallel.packed import PackedSequences
 
 # 2.11 takes fewer KV heads as they are; from 2.12 on that has to be asked for.
-_GROUPED = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
 
 
 class PackedAttention(nn.Module):
@@ -91,8 +91,9 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequen
     """[t, np, hn]: the same by FlashAttention's kernel for documents of any lengths (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    outputs = [
-        varlen_attn(
+    outputs = []
+    for plan in packed.varlen_plans(query.device):
+        out = varlen_attn(
             query[plan.queries],
             key[plan.kv_rows],
             value[plan.kv_rows],
@@ -104,6 +105,6 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequen
             window_size=(-1, 0),
             **_GROUPED,
         )
-        for plan in packed.varlen_plans(query.device)
-    ]
+        assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for too
+        outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -44,7 +44,7 @@ class FP8Weight:
         self._weight = quantize_weight(weight)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return fp8_frozen_linear(x, self._weight, bias=bias)
+        return fp8_frozen_linear(x, self._weight, bias)
 
     def dense(self) -> Tensor:
         return self._weight.dequantize()

@@ -87,10 +87,10 @@ class CptStep:
             write_json(output_dir / "account.json", held_out.to_json())
             for line in held_out.losses():
                 log.warning("validation: %s", line)
-        sources = list(zip(blend.names, blend.weights, strict=True))
+        shares = list(zip(blend.names, blend.weights, strict=True))
         # What decides which rows a step reads: a run that differs in it must not go on from this one's checkpoints.
         self.rows_digest = digest_value(
-            [run.seed, config.sequence_length, sources, blend.tokens, blend.digest, self._batch_sizes]
+            [run.seed, config.sequence_length, shares, blend.tokens, blend.digest, self._batch_sizes]
         )
 
     @property

@@ -25,7 +25,7 @@ def start_ranks_if_needed(layout: LayoutConfig) -> None:
     """
     processes = needed(layout)
     if processes:
-        sys.exit(run_ranks(sys.argv[1:], processes=processes))
+        sys.exit(run_local_ranks(sys.argv[1:], processes=processes))
 
 
 def needed(layout: LayoutConfig) -> int:
@@ -43,7 +43,7 @@ def needed(layout: LayoutConfig) -> int:
     return layout.world_size
 
 
-def run_ranks(arguments: list[str], *, processes: int) -> int:
+def run_local_ranks(arguments: list[str], *, processes: int) -> int:
     """Run `medllm ARGUMENTS` as that many ranks; signals are passed on to them.
 
     Returns:

@@ -283,7 +283,7 @@ def test_dpo_lowers_the_chosen_logprob_where_rpo_raises_it(tmp_path):
             rpo_settings(
                 tmp_path / "sft" / "rpo" / "hf", tmp_path / "pairs.jsonl", run_dir, epochs=10, global_batch_size=16,
                 micro_batch_size=8, reference=str(tmp_path / "reference"), loss={"alpha": alpha},
-                optimizer={"lr": 3e-3, **constant}, rpo_guard={"chosen_fall_steps": 6},
+                optimizer={"lr": 3e-3, **constant}, guard={"chosen_fall_steps": 6},
             )
         )  # fmt: skip
         if alpha == 0.0:
@@ -301,8 +301,8 @@ def test_a_run_that_blows_up_is_stopped(model, scored, tmp_path):
         with pytest.raises(UserError, match=message):
             train(run_config(settings(model, scored, tmp_path / message[:8], **rpo)))
 
-    stopped("gradient norm is .* beyond rpo_guard.max_grad_norm=0.1", rpo_guard={"max_grad_norm": 0.1})
-    stopped("mean margin is .* beyond rpo_guard.max_margin=1e-05", rpo_guard={"max_margin": 1e-5})
+    stopped("gradient norm is .* beyond guard.max_grad_norm=0.1", guard={"max_grad_norm": 0.1})
+    stopped("mean margin is .* beyond guard.max_margin=1e-05", guard={"max_margin": 1e-5})
 
 
 def test_a_wrong_reference_is_noticed_at_the_first_step(model, scored, tmp_path):

@@ -218,7 +218,7 @@ def measure_linears(bench: Bench) -> None:
             "bf16 frozen + adapter": lambda x=x, w=frozen_weight, a=a, b=b: (
                 F.linear(x, w) + F.linear(F.linear(x, a), b)
             ),
-            "fp8 frozen + adapter": lambda x=x, w=base, a=a, b=b: fp8_frozen_linear(x, w, lora_a=a, lora_b=b),
+            "fp8 frozen + adapter": lambda x=x, w=base, a=a, b=b: fp8_frozen_linear(x, w) + F.linear(F.linear(x, a), b),
         }
         for kind, layer in layers.items():
 

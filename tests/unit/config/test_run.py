@@ -71,6 +71,15 @@ def test_what_is_wrong_is_named(recipe, overrides, message):
         load(recipe, overrides)
 
 
+def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(recipe):
+    rpo = "pairs: p.jsonl, sequence_length: 8, global_batch_size: 1, optimizer: {lr: 1.0e-3}"
+    message = "unknown key 'rpo.rpo_guard': it is now rpo.guard, and its min_edit_distance is rpo.filters"
+    with pytest.raises(UserError, match=message):
+        load(recipe, [f"rpo={{{rpo}, rpo_guard: {{min_edit_distance: 0.1}}}}"])
+    run = load(recipe, [f"rpo={{{rpo}, guard: {{max_margin: 5, stop_after: 3}}, filters: {{min_edit_distance: 0.1}}}}"])
+    assert (run.rpo.guard.max_margin, run.rpo.guard.stop_after, run.rpo.filters.min_edit_distance) == (5.0, 3, 0.1)
+
+
 def test_a_mandatory_value_is_asked_for(recipe):
     recipe.write_text(RECIPE + "data: ???\n")
     with pytest.raises(UserError, match="data must be given, as data=…"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.launch import doctor as module
-from megatron_medllm.launch.doctor import Check, doctor, doctor_report, extra_check, failed, gpu_check
+from megatron_medllm.launch.doctor import Finding, doctor, doctor_report, extra_check, failed, gpu_check
 
 
 def test_every_part_of_a_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,5 +67,5 @@ def test_a_full_disk_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_report_puts_advice_below_its_finding() -> None:
-    text = doctor_report([Check("gpu", "note", "none", "use one"), Check("python", "ok", "3.11")])
+    text = doctor_report([Finding("gpu", "note", "none", "use one"), Finding("python", "ok", "3.11")])
     assert text.splitlines() == ["note  gpu     none", "              use one", "ok    python  3.11"]
