@@ -4,10 +4,17 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer.main
 import yaml
+from pydantic import BaseModel
+
+from megatron_medllm.cli.app import app
+from megatron_medllm.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -82,6 +89,39 @@ def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     named = [name for name in _PATH.findall(page.read_text(encoding="utf-8")) if not _NOT_OURS.search(name)]
     assert [name for name in named if not any((place / name).exists() for place in _PLACES)] == []
+
+
+def options(command: Any, path: str = "medllm") -> Iterator[tuple[str, str]]:
+    """Every option of every command."""
+    for name, part in getattr(command, "commands", {}).items():
+        yield from options(part, f"{path} {name}")
+    for parameter in command.params:
+        yield from ((path, option) for option in parameter.opts if option.startswith("--"))
+
+
+def settings(model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Every setting of a recipe, with the sections around it."""
+    for name, field in model.model_fields.items():
+        yield f"{path}{name}"
+        for part in (field.annotation, *get_args(field.annotation)):
+            inner = next((p for p in (part, *get_args(part)) if isinstance(p, type) and issubclass(p, BaseModel)), None)
+            if inner is not None:
+                yield from settings(inner, f"{path}{name}.")
+                break
+
+
+def test_every_option_of_every_command_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    found = [(command, option) for command, option in options(typer.main.get_command(app)) if option != "--help"]
+    assert len(found) > 40
+    assert [row for row in found if not re.search(rf"{re.escape(row[1])}\b", text)] == []
+
+
+def test_every_setting_of_a_recipe_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    found = list(settings(RunConfig))
+    assert {"eval.engine.retries", "corpora.sources.clean.nfc", "rpo.rpo_guard.max_margin"} <= set(found)
+    assert sorted({name.rsplit(".")[-1] for name in found if not re.search(rf"\b{name.rsplit('.')[-1]}\b", text)}) == []
 
 
 def test_the_menu_names_every_page_once() -> None:
