@@ -1,5 +1,7 @@
 """The documentation agrees with the repository: links, file names, the menu, printed tables, length of sentences."""
 
+import ast
+import functools
 import re
 import subprocess
 import sys
@@ -122,6 +124,56 @@ def test_every_setting_of_a_recipe_is_on_a_page() -> None:
     found = list(settings(RunConfig))
     assert {"eval.engine.retries", "corpora.sources.clean.nfc", "rpo.rpo_guard.max_margin"} <= set(found)
     assert sorted({name.rsplit(".")[-1] for name in found if not re.search(rf"\b{name.rsplit('.')[-1]}\b", text)}) == []
+
+
+@functools.cache
+def printed_by_the_package() -> str:
+    """Every text in the package, with … for what is filled in; without quotes, which depend on what is filled in."""
+    found = []
+    for path in sorted((ROOT / "megatron_medllm").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return re.sub(r"[`'\"]", "", "\n".join(" ".join(re.sub(r"%[.\w]", "…", text).split()) for text in found))
+
+
+def messages(text: str) -> list[str]:
+    """What the tables of a page quote in their first column as what a user sees."""
+    found, inside = [], False
+    for line in prose(text).splitlines():
+        if not line.startswith("|"):
+            inside = False
+        elif re.match(r"\| (message|what you see) \|", line):
+            inside = True
+        elif inside:
+            found += re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", line)[1])
+    return found
+
+
+def unknown_parts(message: str, printed: str) -> list[str]:
+    """The parts between … and numbers that the package does not print."""
+    plain = re.sub(r"[`'\"]", "", message.replace("\\|", "|"))
+    parts = [part.strip(" :;,.()") for part in re.split(r"…|\b\d[\d.]*\b", plain)]
+    return [part for part in parts if len(part) > 8 and part not in printed]
+
+
+def test_pages_quote_messages_that_the_package_prints() -> None:
+    printed = printed_by_the_package()
+    quoted = [(page.name, message) for page in GUIDES for message in messages(page.read_text(encoding="utf-8"))]
+    assert len(quoted) > 100
+    wrong = [(page, message, parts) for page, message in quoted if (parts := unknown_parts(message, printed))]
+    assert [row for row in wrong if row[0] != "install.md"] == []  # those are pip's and Debian's
+
+
+def test_a_message_that_nobody_prints_is_found() -> None:
+    row = "| `the … engine left 3 requests unanswered`, `it broke badly` | x |"
+    text = f"| what you see | what to do |\n|---|---|\n{row}\n"
+    found = messages(text)
+    assert found == ["the … engine left 3 requests unanswered", "it broke badly"]
+    assert [unknown_parts(message, printed_by_the_package()) for message in found] == [[], ["it broke badly"]]
 
 
 def test_the_menu_names_every_page_once() -> None:
