@@ -122,7 +122,7 @@ def test_every_option_of_every_command_is_on_a_page() -> None:
 def test_every_setting_of_a_recipe_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
     found = list(settings(RunConfig))
-    assert {"eval.engine.retries", "corpora.sources.clean.nfc", "rpo.rpo_guard.max_margin"} <= set(found)
+    assert {"eval.engine.retries", "corpora.sources.clean.nfc", "rpo.guard.max_margin"} <= set(found)
     assert sorted({name.rsplit(".")[-1] for name in found if not re.search(rf"\b{name.rsplit('.')[-1]}\b", text)}) == []
 
 
