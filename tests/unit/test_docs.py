@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -174,6 +175,33 @@ def test_a_message_that_nobody_prints_is_found() -> None:
     found = messages(text)
     assert found == ["the … engine left 3 requests unanswered", "it broke badly"]
     assert [unknown_parts(message, printed_by_the_package()) for message in found] == [[], ["it broke badly"]]
+
+
+def lists_inside_paragraphs(text: str) -> list[str]:
+    """First items of lists that follow a line of text: GitHub shows a list there, mkdocs a paragraph."""
+    lines = prose(text).splitlines()
+    item, continued = re.compile(r"^([-*]|\d+\.) "), re.compile(r"^ +\S")
+    found, inside = [], False
+    for before, line in pairwise(["", *lines]):
+        if item.match(line):
+            if before.strip() and not inside:
+                found.append(line)
+            inside = True
+        elif not continued.match(line):
+            inside = False
+    return found
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_list_and_table_is_one_on_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    after_heading = re.sub(r"^(#+ .*)$", r"\1\n", text, flags=re.MULTILINE)
+    assert lists_inside_paragraphs(after_heading) == []
+    assert re.findall(r"`[^`\n]*\\\|[^`\n]*`", prose(text)) == [], "mkdocs shows the backslash in code"
+
+
+def test_a_list_inside_a_paragraph_is_found() -> None:
+    assert lists_inside_paragraphs("Text.\n- one\n- two\n  more\n- three\n\n- four\n") == ["- one"]
 
 
 def test_the_menu_names_every_page_once() -> None:
