@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron_medllm.storage import read_json, write_json
 
+# The job behind all others that calls `cluster.on_end`.
+ON_END = "on-end"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
@@ -16,6 +19,8 @@ class StageJob:
     `duration_s` None asks for the cluster's longest time. `save_time_s` is a checkpoint's, measured or planned.
     `checkpoints` is the directory whose `step-*` entries count as progress, and `metrics` the file whose last line
     is shown by `medllm status`; both relative to the run. `array_size` n makes n independent tasks of it.
+    `exam` is an exam's summary.json, which tells of the requirements that it did not meet. `after_any` starts the job
+    when those before it have ended, well or not. `is_last`: no job of the chain waits for it.
     """
 
     name: str
@@ -31,6 +36,9 @@ class StageJob:
     total_steps: int | None = None
     after: tuple[str, ...] = ()
     array_size: int | None = None
+    exam: str | None = None
+    after_any: bool = False
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class RunFiles:
         """What the nodes need to know about the job."""
         return self.launch / f"{stage}.json"
 
+    def progress(self, task: str) -> Path:
+        """How far a job's command is, where it tells; `task` is the stage, or STAGE.N of an array."""
+        return self.launch / f"{task}.progress"
+
     def history(self, stage: str) -> Path:
         """One line per start and end of the job, restarts included."""
         return self.launch / f"{stage}.history.jsonl"
@@ -84,6 +96,18 @@ class RunFiles:
     def ended(self, stage: str) -> Path:
         """Why the job ended, the last time it did."""
         return self.launch / f"{stage}.ended.json"
+
+    def endings(self, stage: str) -> list[Path]:
+        """The `ended` files that are there: the stage's, or those of an array's tasks in order."""
+        own = self.ended(stage)
+        tasks = (path for path in self.launch.glob("*.ended.json") if path.name.startswith(f"{stage}."))
+        numbered = {path.name.removeprefix(f"{stage}.").removesuffix(".ended.json"): path for path in tasks}
+        found = [path for number, path in sorted(numbered.items(), key=_number) if number.isdigit()]
+        return [own] if own.is_file() else found
+
+
+def _number(item: tuple[str, Path]) -> int:
+    return int(item[0]) if item[0].isdigit() else -1
 
 
 def write_specification(files: RunFiles, job: StageJob, settings: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ def test_every_script_renders_and_keeps_its_commands() -> None:
         text = render_script(path.stem, ["--nodes=3"])
         commands = [line for line in path.read_text().splitlines() if not line.startswith("#SBATCH")]
         assert [line for line in text.splitlines() if line != "#SBATCH --nodes=3"] == commands
-        assert text.startswith("#!") and text.index("--nodes=3") < text.index("stage.sh")
+        assert text.startswith("#!") and text.index("--nodes=3") < text.index('"$1/launch/')
     with pytest.raises(UserError, match="no such batch script"):
         render_script("nowhere", [])
 
