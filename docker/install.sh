@@ -18,9 +18,8 @@ echo "== installing"
 "$python" -m pip install --quiet --no-cache-dir --constraint "$constraints" ".${EXTRAS:+[$EXTRAS]}"
 
 echo "== checking"
-cd / # away from the checkout: what is installed is what answers
-"$python" -m megatron_medllm examples >/dev/null
-"$python" - <<'PYTHON'
+"$python" -I -m megatron_medllm examples >/dev/null # -I: what is installed answers, not the checkout
+"$python" -I -W ignore - <<'PYTHON'
 import torch
 from megatron.core import parallel_state
 

@@ -150,10 +150,12 @@ def _why_failed(stage: Stage, ending: Ending, log: Path) -> str:
 
 def live_view(status: RunStatus) -> Group:
     """What `--watch` shows."""
-    table = Table(*STATUS_COLUMNS, box=None, pad_edge=False)
-    for stage in status.stages:
+    rows = [status_cells(stage) for stage in status.stages]
+    told = [i for i in range(len(STATUS_COLUMNS)) if {row[i] for row in rows} - {"-", "0", ""}]  # others are left out
+    table = Table(*(STATUS_COLUMNS[i] for i in told), box=None, pad_edge=False)
+    for stage, row in zip(status.stages, rows, strict=True):
         style = "bold green" if stage.state == "RUNNING" else "red" if stage is status.failing else ""
-        table.add_row(*map(Text, status_cells(stage)), style=style)
+        table.add_row(*(Text(row[i]) for i in told), style=style)
     return Group(Text(f"{status.headline}  {time.strftime('%H:%M:%S')}", style="bold"), table)
 
 

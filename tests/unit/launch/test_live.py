@@ -146,6 +146,7 @@ def test_watching_ends_with_the_run_and_scripts_get_json(tmp_path: Path, monkeyp
     last = live.watch(tmp_path, Console(file=shown, width=120), sleep=waits.append)
     assert (last.state, waits) == ("finished", [5.0, 5.0])
     assert "finished, 1 of 1 stages done" in shown.getvalue() and "2.5" in shown.getvalue()
+    assert "loss" in shown.getvalue() and "tokens/s" not in shown.getvalue()  # no stage has one
 
     answers[:] = [RunStatus("r", "slurm", (stage("cpt", "failed", reason="why"),))]
     done = CliRunner().invoke(app, ["status", str(tmp_path), "--json"])
