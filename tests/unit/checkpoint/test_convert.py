@@ -19,7 +19,7 @@ from megatron_medllm.checkpoint.convert import export_checkpoint, import_hf
 from megatron_medllm.checkpoint.journal import Journal
 from megatron_medllm.checkpoint.torch_dist import TorchDistReader, refuse_unsafe
 from megatron_medllm.errors import UserError
-from tests.unit.checkpoint.twins import PUBLISHED, assert_same_tensors, read_tensors, twin_shape, write_twin
+from tests.worlds.model_dir import PUBLISHED, assert_same_tensors, read_tensors, twin_shape, write_twin
 
 SHAPE = twin_shape("7b", layers=3)
 TINY_CHUNKS = 3000  # bytes: even these models are cut into many chunks
@@ -137,6 +137,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path):
     hf_dir = write_twin(tmp_path / "hf", twin_shape("1.5b", layers=8))
     paths = [str(hf_dir), str(tmp_path / "killed"), str(tmp_path / "killed_back")]

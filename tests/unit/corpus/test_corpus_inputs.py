@@ -12,15 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from corpus_samples import SENTENCES, write_jsonl
 from pydantic import ValidationError
-from test_corpus_read import TEXTS, read_all, read_dropped
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.streams import BATCH_BYTES, BrokenInputError, read_blocks
 from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_jsonl
+from tests.worlds.corpus import SENTENCES, TEXTS, read_all, read_dropped, write_jsonl
 
 ROWS = [{"id": f"a-{i}", "text": text} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -92,6 +91,7 @@ def test_packing_is_told_by_the_first_bytes_too(tmp_path, suffix):
     assert read_all(tmp_path / "A.JSONL")[0] == TEXTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "bzip2", "xz"])
 def test_unpacking_is_bounded_at_every_step(compression):
     pack = dict(zip(["gzip", "zstd", "bzip2", "xz"], PACKED.values(), strict=True))[compression]
@@ -113,6 +113,7 @@ print(losses, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.gz", "a.json.xz"])
 def test_a_small_file_that_unpacks_far_takes_bounded_memory(tmp_path, name):
     data = (b'[{"text": "' if ".json.x" in name else b'{"text": "') + b"x" * (400 << 20)

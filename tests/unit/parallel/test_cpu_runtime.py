@@ -18,7 +18,7 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch):
     import megatron.core
 
     monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
-    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(cpu, "installed", False)
     with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed; the CPU runtime knows 0\.16\.1 only"):
         cpu.install()
 
@@ -56,6 +56,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_only_megatron_is_redirected():
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     result = subprocess.run(
