@@ -17,8 +17,9 @@ class StageJob:
     `script` names the file in slurm/ (without .sbatch); `command` follows `python`, as ("-m", "megatron_medllm", ...).
     `processes_per_node` 0 runs the command once per node, otherwise as that many ranks of one distributed job.
     `duration_s` None asks for the cluster's longest time. `save_time_s` is a checkpoint's, measured or planned.
-    `checkpoints` is the directory whose `step-*` entries count as progress, and `metrics` the file whose last line
-    is shown by `medllm status`; both relative to the run. `array_size` n makes n independent tasks of it.
+    `checkpoints` is the directory whose `step-*` entries count as progress, `answers` the one whose logged answers do,
+    and `metrics` the file whose last line is shown by `medllm status`; all relative to the run. `array_size` n makes n
+    independent tasks of it, each with its `--shard I/n` behind the command.
     `exam` is an exam's summary.json, which tells of the requirements that it did not meet. `after_any` starts the job
     when those before it have ended, well or not. `is_last`: no job of the chain waits for it.
     """
@@ -33,6 +34,7 @@ class StageJob:
     save_time_s: float = 60.0
     checkpoints: str | None = None
     metrics: str | None = None
+    answers: str | None = None
     total_steps: int | None = None
     after: tuple[str, ...] = ()
     array_size: int | None = None
@@ -93,21 +95,13 @@ class RunFiles:
         """One line per start and end of the job, restarts included."""
         return self.launch / f"{stage}.history.jsonl"
 
+    def task(self, stage: str, index: int) -> str:
+        """What an array's task (from 0) goes by in the files below; written by the supervisor."""
+        return f"{stage}.{index}"
+
     def ended(self, stage: str) -> Path:
         """Why the job ended, the last time it did."""
         return self.launch / f"{stage}.ended.json"
-
-    def endings(self, stage: str) -> list[Path]:
-        """The `ended` files that are there: the stage's, or those of an array's tasks in order."""
-        own = self.ended(stage)
-        tasks = (path for path in self.launch.glob("*.ended.json") if path.name.startswith(f"{stage}."))
-        numbered = {path.name.removeprefix(f"{stage}.").removesuffix(".ended.json"): path for path in tasks}
-        found = [path for number, path in sorted(numbered.items(), key=_number) if number.isdigit()]
-        return [own] if own.is_file() else found
-
-
-def _number(item: tuple[str, Path]) -> int:
-    return int(item[0]) if item[0].isdigit() else -1
 
 
 def write_specification(files: RunFiles, job: StageJob, settings: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig
-from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.config.run import RunConfig, StageName
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
@@ -30,6 +29,7 @@ SCRIPTS = {
 }
 DISTRIBUTED = {Command.TRAIN, Command.SCORE}
 BENCHMARKS = ("throughput", "scoring", "generation")
+MERGE_TIME_S = 1200.0  # reads answers and makes reports
 BENCH_TIME_S = 2400.0  # asked for, with the margin that every job gets: reading or drawing 72B weights takes most of it
 
 
@@ -74,7 +74,9 @@ def recipe_jobs(
     only: list[str] | None = None,
     force: bool = False,
 ) -> list[StageJob]:
-    """One job per stage. `only` keeps these stages, which then read what an earlier submission made.
+    """One job per stage; of one that is sharded an array, and behind it a job with the stage's name that merges.
+
+    `only` keeps these stages, which then read what an earlier submission made.
 
     Raises:
         UserError: an unknown stage in `only`, or a training that cannot fit the cluster's GPUs (unless `force`).
@@ -85,7 +87,8 @@ def recipe_jobs(
         raise UserError(f"unknown stage {unknown[0]!r}; this recipe has {', '.join(names)}")
     kept = [stage for stage in stages if only is None or stage.name in only]
     waits = waits_of(run, kept)
-    return [_job(run, stage, cluster, after=waits[stage.name], force=force) for stage in kept]
+    jobs = [_job(run, stage, cluster, after=waits[stage.name], force=force) for stage in kept]
+    return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job)]
 
 
 def waits_of(run: RunConfig, stages: list[Stage]) -> dict[str, tuple[str, ...]]:
@@ -140,7 +143,7 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, after: tuple[s
     distributed = stage.command in DISTRIBUTED
     nodes = run.layout.nodes if distributed else 1
     processes = run.layout.world_size // nodes if distributed else 0
-    gpus = processes or _engine_gpus(stage.engine)
+    gpus = processes or (stage.engine.gpus if stage.engine is not None else 0)
     job = StageJob(
         name=stage.name,
         script=SCRIPTS[stage.command] if stage.trains in (None, "base") else stage.trains,
@@ -148,17 +151,20 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, after: tuple[s
         nodes=nodes,
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
+        answers=None if stage.engine is None else str(stage.outputs[0].resolve()),
         after=after,
         exam=str(stage.outputs[0].resolve() / "summary.json") if stage.command is Command.EVAL else None,
     )
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 
 
-def _engine_gpus(engine: EngineConfig | None) -> int:
-    """What one copy of the model asks for: none behind an address, `tensor_parallel` in vLLM."""
-    if engine is None or engine.kind == "openai":
-        return 0
-    return engine.tensor_parallel if engine.kind == "vllm" else 1
+def _in_shards(stage: Stage, job: StageJob) -> list[StageJob]:
+    """The job, or its array of shards and the merge, which loads no model."""
+    if stage.replicas == 1:
+        return [job]
+    array = replace(job, name=f"{job.name}-shards", array_size=stage.replicas)
+    command = (*job.command, "--merge")
+    return [array, replace(job, command=command, gpus_per_node=0, duration_s=MERGE_TIME_S, after=(array.name,))]
 
 
 def _trained_job(

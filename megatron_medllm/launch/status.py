@@ -139,12 +139,14 @@ def run_status(run: Path) -> list[StageStatus]:
 def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None) -> StageStatus:
     """One stage, from Slurm's queue, its history and its metrics."""
     spec = read_specification(files, stage)
-    ended = worst_ending([read_json(path) for path in files.endings(stage)], tasks=spec["array_size"] or 1)
+    if spec["array_size"]:
+        return array_status(files, stage, job_id, queued, size=spec["array_size"])
+    ended = read_json(files.ended(stage)) if files.ended(stage).is_file() else {}
     history = list(read_jsonl(files.history(stage))) if files.history(stage).is_file() else []
     starts = [row for row in history if row["event"] == "start" and row["job_id"] == job_id]
     state, reason = queued or ("", "")
     if not is_active(state):
-        ours = ended.get("job_id") == job_id or spec["array_size"]
+        ours = ended.get("job_id") == job_id
         state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "gone", reason)
     elif ended.get("job_id") == job_id and ended.get("outcome") == "requeued":
         reason = f"last ended: {ended['reason']}"
@@ -153,15 +155,7 @@ def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     row = StageStatus(stage, job_id, state, None, None, None, None, max(0, len(starts) - 1), reason)
     if spec["metrics"]:
         return with_metrics(row, last_metrics(files.run / spec["metrics"]), total_steps(files, spec))
-    tasks = spec["array_size"]
-    names = [f"{stage}.{number}" for number in range(tasks)] if tasks else [stage]
-    return with_progress(row, [files.progress(name) for name in names]) if is_active(state) else row
-
-
-def worst_ending(endings: list[dict[str, Any]], *, tasks: int) -> dict[str, Any]:
-    """How a job ended, of an array its worst task; empty while one of its tasks has not."""
-    bad = [ended for ended in endings if ended["outcome"] != "finished"]
-    return bad[0] if bad else endings[0] if len(endings) >= tasks else {}
+    return with_progress(row, [files.progress(stage)]) if row.is_alive else row
 
 
 def with_metrics(row: StageStatus, metrics: dict[str, Any], total: int | None) -> StageStatus:
@@ -191,6 +185,35 @@ def with_progress(row: StageStatus, paths: list[Path]) -> StageStatus:
     totals = [progress["total"] for progress in found]
     total = None if None in totals or len(found) < len(paths) else round(sum(totals))
     return replace(row, step=int(sum(p["done"] for p in found)), total_steps=total, note=found[0]["note"])
+
+
+def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None, *, size: int) -> StageStatus:
+    """An array as one stage; a task that did not end well is named.
+
+    Its steps are what its tasks count together (answers) while they run, where they tell, else the finished tasks.
+    """
+    tasks = [files.task(stage, index) for index in range(size)]
+    ends = [read_json(files.ended(task)) if files.ended(task).is_file() else {} for task in tasks]
+    ends = [end if end.get("array_id") == job_id else {} for end in ends]  # not of an earlier submission
+    starts = [
+        row
+        for task in tasks
+        if files.history(task).is_file()
+        for row in read_jsonl(files.history(task))
+        if row["event"] == "start" and row.get("array_id") == job_id
+    ]
+    finished = sum(end.get("outcome") == "finished" for end in ends)
+    state, reason = queued or ("", "")
+    bad = next((n for n, end in enumerate(ends) if end and end["outcome"] not in ("finished", "requeued")), None)
+    if not is_active(state):
+        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state or "gone"
+    if bad is not None:
+        reason = f"shard {bad + 1}/{size}: {ends[bad]['reason']}"
+    elif reason == "None" or state == "finished":
+        reason = ""
+    restarts = sum(row["restart"] > 0 for row in starts)
+    row = StageStatus(stage, job_id, state, finished, size, None, None, restarts, reason)
+    return with_progress(row, [files.progress(task) for task in tasks]) if row.is_alive else row
 
 
 def total_steps(files: RunFiles, spec: dict[str, Any]) -> int | None:

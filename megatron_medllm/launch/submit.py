@@ -125,8 +125,10 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
             "unfit_node_exit_code": UNFIT_NODE_EXIT_CODE,
         }
         write_specification(files, job, settings)
-        for path in files.endings(job.name):  # of an earlier submission; the history keeps them
-            path.unlink()
+        tasks = [files.task(job.name, index) for index in range(job.array_size)] if job.array_size else [job.name]
+        for task in tasks:  # of an earlier submission; the history keeps how it ended
+            files.ended(task).unlink(missing_ok=True)
+            files.progress(task).unlink(missing_ok=True)
     files.cancelled.unlink(missing_ok=True)
     shutil.rmtree(files.unfit_nodes, ignore_errors=True)
     frozen = {

@@ -158,3 +158,14 @@ def test_what_follows_an_exam_with_requirements_waits_for_it(tmp_path: Path) -> 
     assert not any(exams for name, exams in free.items() if name != "report")
     assert free["eval-cpt"] == gated["eval-cpt"] == set()
     assert "eval-cpt" in gated["rpo"] and "eval-base" in gated["cpt"] and "eval-cpt" not in gated["cpt"]
+
+
+def test_a_new_submission_forgets_how_the_last_one_ended(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    jobs = [*JOBS, StageJob(name="pairs", script="eval", command=("-c", ""), array_size=2)]
+    for name in ("cpt", "pairs.1", "rpo"):
+        write_json(files.ended(name), {"outcome": "failed"})
+        files.progress(name).touch()
+    freeze(files, jobs, ClusterConfig(), "{}")
+    assert {path.name for path in files.launch.glob("*.ended.json")} == {"rpo.ended.json"}
+    assert {path.name for path in files.launch.glob("*.progress")} == {"rpo.progress"}

@@ -164,7 +164,7 @@ def test_an_array_shows_all_its_tasks(tmp_path: Path) -> None:
     running = stage_status(files, "pairs", "7", ("RUNNING", "None"))
     assert (running.step, running.total_steps) == (6, 16)
     for number, outcome in enumerate(("finished", "failed")):
-        ended = {"outcome": outcome, "reason": f"why {number}", "job_id": str(number)}
+        ended = {"outcome": outcome, "reason": f"why {number}", "array_id": "7"}
         write_json(files.launch / f"pairs.{number}.ended.json", ended)
     over = stage_status(files, "pairs", "7", None)
-    assert (over.state, over.reason) == ("failed", "why 1")
+    assert (over.state, over.reason) == ("failed", "shard 2/2: why 1")
