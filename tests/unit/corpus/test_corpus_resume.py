@@ -166,12 +166,12 @@ def test_other_settings_and_changed_input_are_refused(tmp_path, config, monkeypa
 def test_parts_of_another_format_are_not_mixed_in(tmp_path, config, monkeypatch):
     output = interrupted(tmp_path, config, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        patch.setattr("megatron_medllm.corpus.plan._PARTS_FORMAT", 99)
         with pytest.raises(UserError, match="parts_format: 3 there, 99 now"):
             build(config, output, workers=1)
     build(config, output, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        patch.setattr("megatron_medllm.corpus.plan._PARTS_FORMAT", 99)
         build(config, output, workers=1)  # of a finished build no parts are left
 
 
