@@ -63,3 +63,8 @@ def assert_same_bytes(ours, reference):
     for suffix in (".bin", ".idx"):
         expected = reference.with_name(reference.name + suffix).read_bytes()
         assert ours.with_name(ours.name + suffix).read_bytes() == expected, suffix
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """The files of a built corpus, by name."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus_samples import SENTENCES, write_jsonl
+from corpus_samples import SENTENCES, contents, write_jsonl
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus import index
@@ -27,10 +27,6 @@ if __name__ == "__main__":
     build(CorpusConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), workers=2)
 """
 KILLS = 20
-
-
-def contents(output):
-    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
 
 
 def count_files(folder) -> int:
