@@ -5,10 +5,10 @@ In a checkout they lie at its top, where people look for them; a wheel carries a
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(folder: str) -> Path:
     """The folder `slurm` or `examples`, of the wheel or of the checkout."""
-    installed = _PACKAGE / "shipped_files" / folder
-    return installed if installed.is_dir() else _PACKAGE.parent / folder
+    installed = PACKAGE / "shipped_files" / folder
+    return installed if installed.is_dir() else PACKAGE.parent / folder

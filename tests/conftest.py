@@ -1,15 +1,12 @@
 """Fixtures that more than one room's tests use."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_run.py, exam_world.py and their like
-
-from exam_world import write_exam, write_tiny_model
-from tiny_run import write_tiny_world
+from tests.worlds.exam import write_exam
+from tests.worlds.run import write_tiny_world
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +24,8 @@ def exam_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An HF directory with a tiny random Qwen2."""
+    from tests.worlds.model_dir import write_tiny_model  # torch and transformers: seconds to import
+
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 

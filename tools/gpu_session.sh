@@ -36,7 +36,7 @@ for part in "${parts[@]}"; do
       limited tests 200 "$python" -m pytest -q -rfEs -W ignore -p no:cacheprovider tests/gpu
       grep -aE '^(FAILED|ERROR|SKIPPED|E  )|passed|failed' "$out/tests.log" | cut -c1-300 ;;
     kernels)
-      limited kernels 260 "$python" -W ignore tools/bench_h200.py --out "$out/kernels" --limit-s "${KERNELS_LIMIT:-150}" \
+      limited kernels 260 "$python" -W ignore tools/kernels/one_gpu.py --out "$out/kernels" --limit-s "${KERNELS_LIMIT:-150}" \
         ${WHEELS:+--wheels "$WHEELS"}
       sed -n 1,16p "$out/kernels/report.md" ;;
     train)
@@ -49,7 +49,7 @@ for part in "${parts[@]}"; do
       throughput rpo-lora rpo-qwen2.5-7b-1n1g-lora rpo.global_batch_size=8 rpo.adapter.rank=16 \
         rpo.sequence_length=8192 --prompt-length 300 --response-length 300 ;;
     peers)
-      limited peers 300 "$python" -W ignore tools/bench_7b.py --out "$out/peers.jsonl"
+      limited peers 300 "$python" -W ignore tools/peers/liger_trl_7b.py --out "$out/peers.jsonl"
       cat "$out/peers.jsonl" ;;
     *) echo "unknown part: $part" >&2; exit 2 ;;
   esac

@@ -18,7 +18,7 @@ import yaml
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.demo.world import World
-from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, LETTERS, Question
+from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, LETTERS, FactQuestion
 from megatron_medllm.inference.protocol import Request
 from megatron_medllm.inference.transformers_engine import TransformersEngine
 from megatron_medllm.storage import read_jsonl
@@ -38,13 +38,13 @@ class Judged:
     right: bool
 
 
-def exam_questions(run_dir: Path) -> list[Question]:
+def exam_questions(run_dir: Path) -> list[FactQuestion]:
     """The run's exam, with the facts behind it."""
     facts = World(DemoConfig(**yaml.safe_load((run_dir / "run.yaml").read_text())["demo"])).medicine.facts
     exam = run_dir / "world" / "exam"
     rows = zip(read_jsonl(exam / "questions.jsonl"), read_jsonl(exam / "questions_metadata.jsonl"), strict=True)
     return [
-        Question(
+        FactQuestion(
             fact=facts[about["entity"], about["role"]],
             text=row["problem_text"],
             choices=tuple(row["choices"]),
@@ -55,7 +55,7 @@ def exam_questions(run_dir: Path) -> list[Question]:
     ]
 
 
-def judge(question: Question, text: str, *, careful: bool) -> Judged:
+def judge(question: FactQuestion, text: str, *, careful: bool) -> Judged:
     """Read an explanation the way its writers wrote it: values with letters, then the answer."""
     body, _, key = text.partition(ANSWER_MARKER)
     cited = re.findall("([ァ-ヴー]+)([a-e])", body)
@@ -71,12 +71,12 @@ def judge(question: Question, text: str, *, careful: bool) -> Judged:
     )
 
 
-def careful_opening(question: Question) -> str:
+def careful_opening(question: FactQuestion) -> str:
     """The first words of the careful hand."""
     return f"{question.fact.entity}の{question.fact.role}は"
 
 
-def explanations(run_dir: Path, model: str, questions: Sequence[Question]) -> list[Judged]:
+def explanations(run_dir: Path, model: str, questions: Sequence[FactQuestion]) -> list[Judged]:
     """As the model explained in its exam."""
     rows = {row["problem_id"]: row for row in read_jsonl(run_dir / "eval" / model / "results.jsonl")
             if row["mode"] == "explained"}  # fmt: skip
@@ -84,7 +84,7 @@ def explanations(run_dir: Path, model: str, questions: Sequence[Question]) -> li
     return [judge(q, t, careful=t.startswith(careful_opening(q))) for q, t in zip(questions, texts, strict=True)]
 
 
-def made_careful(run_dir: Path, model: str, questions: Sequence[Question]) -> list[Judged]:
+def made_careful(run_dir: Path, model: str, questions: Sequence[FactQuestion]) -> list[Judged]:
     """As the model goes on after the careful hand's first words, greedily."""
     engine = TransformersEngine(EngineConfig(dtype="float32"), run_dir / model / "hf")
     requests = [

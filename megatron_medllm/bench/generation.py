@@ -15,12 +15,13 @@ from megatron_medllm.bench.harness import (
     summarize,
     write_result,
 )
-from megatron_medllm.bench.synthetic import RandomTexts, SyntheticData, with_random_weights, write_tokenizer
+from megatron_medllm.bench.synthetic import RandomTexts, SyntheticData, with_random_weights
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.pairs import PairsConfig, SamplingConfig
 from megatron_medllm.config.run import RunConfig
+from megatron_medllm.data.number_words import write_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import open_engine
 from megatron_medllm.inference.exam_requests import ExamPrompter

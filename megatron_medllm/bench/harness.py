@@ -22,7 +22,7 @@ from megatron_medllm.planner.flops import model_flops_per_token, packed_flops
 from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.workload import Workload
 from megatron_medllm.storage import atomic_write, write_json
-from megatron_medllm.train.throughput import known_hardware, peak_flops, peak_memory_bytes
+from megatron_medllm.train.throughput import hardware_of_device, peak_flops, peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def write_model_result(
         UserError: the planner does not know the hardware that was named.
     """
     workload = workload_of(run)
-    hardware = settings.hardware or known_hardware(ranks.device)
+    hardware = settings.hardware or hardware_of_device(ranks.device)
     facts = {
         "stage": run.stage,
         "layout": run.layout.model_dump(),

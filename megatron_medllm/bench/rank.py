@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -115,10 +116,15 @@ def held_bytes(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> dict[st
                     main += shard.nbytes
     return {
         "weights": sum(storage.nbytes() for storage in weights.values()),
-        "gradients": sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
+        "gradients": sum(buffer.grad_data.nbytes for chunk in chunks for buffer in _ddp(chunk).buffers),
         "main weights": main,
         "optimizer moments": moments,
     }
+
+
+def _ddp(chunk: nn.Module) -> DistributedDataParallel:
+    assert isinstance(chunk, DistributedDataParallel)
+    return chunk
 
 
 def planned_bytes(run: RunConfig, ranks: Runtime, *, overlap_grad_reduce: bool) -> dict[str, int]:
@@ -161,7 +167,7 @@ def _measure(
         "micro_batches": len(batch),
         "steps": len(timed),
         "held_bytes": held_bytes(chunks, optimizer),
-        "planned_bytes": planned_bytes(run, ranks, overlap_grad_reduce=chunks[0].ddp_config.overlap_grad_reduce),
+        "planned_bytes": planned_bytes(run, ranks, overlap_grad_reduce=_ddp(chunks[0]).ddp_config.overlap_grad_reduce),
         "embedding_and_head_bytes": sum(p.nbytes for p in embeddings),
         "peak_memory_bytes": peak_memory_bytes(ranks.device),
         "planned_memory_parts": stage.parts,

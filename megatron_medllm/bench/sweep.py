@@ -36,7 +36,7 @@ def grid(axes: list[str]) -> list[tuple[str, ...]]:
 
 def sweep(
     config: Path, overrides: list[str], axes: list[str], output: Path, *, what: str, options: list[str]
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Run `medllm bench WHAT` for every combination, each in a process of its own.
 
     Results so far are kept in OUTPUT/sweep.json under a digest of all that they depend on: what is measured, its
@@ -105,7 +105,7 @@ def _measure(config: Path, overrides: list[str], output: Path, what: str, option
     return {"failed": (text.splitlines() or [f"exit status {done.returncode}"])[-1]}
 
 
-def sweep_report(results: list[dict]) -> str:
+def sweep_report(results: list[dict[str, Any]]) -> str:
     """Fastest first, failures last, as a Markdown table."""
     lines = ["| settings | tokens/s/GPU | peak GiB |", "|---|---|---|"]
     for row in sorted(results, key=lambda r: -r.get("tokens_per_s_per_gpu", 0)):

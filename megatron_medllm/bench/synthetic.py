@@ -9,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig, DataSource, RpoConfig
-from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype, write_index
+from megatron_medllm.data.number_words import END, NumberWords, write_corpus, write_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.runtime import Runtime
-from megatron_medllm.storage import atomic_write, write_json, write_jsonl
+from megatron_medllm.storage import write_jsonl
 from megatron_medllm.train.scoring import shares_prompt
-
-END = 0  # the token that ends a document or an answer; it is never drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,26 +107,14 @@ def random_pairs(count: int, lengths: SyntheticData, *, vocab_size: int, seed: i
 
 
 class RandomTexts:
-    """Draws texts of random words from one seed."""
+    """Draws texts of random words, even within +-50 % of a mean length, from one seed."""
 
     def __init__(self, vocab_size: int, seed: int) -> None:
-        self._vocab_size, self._generator = vocab_size, np.random.default_rng(seed)
+        self._words = NumberWords(vocab_size, seed)
 
     def draw(self, mean_length: int) -> str:
         """A text of mean_length / 2 to 3 / 2 mean_length tokens."""
-        length = int(self._generator.integers(-(-mean_length // 2), 3 * mean_length // 2 + 1))
-        return " ".join(map(str, self._generator.integers(END + 1, self._vocab_size, size=length)))
-
-
-def write_tokenizer(directory: Path, *, vocab_size: int) -> None:
-    """Write a tokenizer whose words are the token numbers, with what HF readers look for beside it."""
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(END)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with atomic_write(directory / "tokenizer.json") as stream:
-        stream.write(tokenizer.to_str().encode())
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": str(END), "pad_token": str(END)}
-    write_json(directory / "tokenizer_config.json", names)
-    write_json(directory / "generation_config.json", {"eos_token_id": END})
+        return self._words.draw(-(-mean_length // 2), 3 * mean_length // 2)
 
 
 def write_documents(directory: Path, *, tokens: int, document_length: int, vocab_size: int, seed: int) -> None:
@@ -140,21 +125,6 @@ def write_documents(directory: Path, *, tokens: int, document_length: int, vocab
         drawn = generator.exponential(document_length, size=max(16, tokens // document_length))
         lengths += [int(n) + 2 for n in drawn]
     array = np.array(lengths, np.int32)
-    ids = generator.integers(END + 1, vocab_size, size=int(array.sum())).astype(token_dtype(vocab_size))
+    ids = generator.integers(END + 1, vocab_size, size=int(array.sum()))
     ids[np.cumsum(array) - 1] = END
-    prefix = directory / "synthetic"
-    with atomic_write(bin_path(prefix)) as stream:
-        stream.write(ids.data)
-    with atomic_write(idx_path(prefix)) as stream:
-        write_index(stream, array, ids.dtype)
-    write_json(
-        directory / "manifest.json",
-        {
-            "format": 1,
-            "sources": {
-                "synthetic": {"prefix": prefix.name, "weight": 1.0, "tokens": len(ids), "documents": len(lengths)}
-            },
-            "split": [1.0, 0.0, 0.0],
-            "tokenizer": {"digest": "synthetic", "vocab_size": vocab_size, "eod_id": END},
-        },
-    )
+    write_corpus(directory, "synthetic", ids, lengths, vocab_size=vocab_size)

@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # What a certificate does not depend on: where things lie, how much of them, what is logged, when it is saved.
 _FREE = {
     *("data", "train_tokens", "epochs", "pairs", "reference", "log_every_steps", "validate_every_steps"),
-    *("validation_batches", "wandb_project", "guard", "rpo_guard", "batch_ramp_steps", "sequence_length"),
+    *("validation_batches", "wandb_project", "guard", "filters", "batch_ramp_steps", "sequence_length"),
     *("global_batch_size", "template", "mask_patterns", "too_long", "loss_after"),
 }
 

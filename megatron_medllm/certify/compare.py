@@ -54,7 +54,7 @@ class Recordings:
     lora_scale: float | None  # alpha / rank of the adapter, if there is one
 
 
-def compare(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]:
+def check_recordings(found: Recordings, shape: ModelShape, bounds: Bounds) -> list[Check]:
     """All checks of a certificate, in the order of its table."""
     one, layout = found.one[0]["steps"], found.layout[0]["steps"]
     last = SAVED_AFTER - 1
@@ -111,7 +111,7 @@ def _against_truth(found: Recordings, shape: ModelShape, bounds: Bounds) -> list
         (f"weights after step {SAVED_AFTER}", "weights", _weights(SAVED_AFTER)),
     ):
         ours = whole_tensors(found.one, slices, shape)
-        checks.append(_worst(f"transformers: {name}", ours, truth[key], bounds.truth_tensors))
+        checks.append(worst_tensor(f"transformers: {name}", ours, truth[key], bounds.truth_tensors))
     if found.one[0].get("reference"):
         checks.append(
             _references("transformers: reference log-probs", found.one[0], truth["reference"], bounds.truth_numbers)
@@ -138,7 +138,7 @@ def _numbers(name: str, found: list[float], expected: list[float], bound: float)
 def _tensors(
     name: str, found: list[Recorded], expected: list[Recorded], slices: Slices, shape: ModelShape, bound: float
 ) -> Check:
-    return _worst(
+    return worst_tensor(
         name,
         whole_tensors(found, slices, shape),
         whole_tensors(expected, slices, shape),
@@ -146,7 +146,7 @@ def _tensors(
     )
 
 
-def _worst(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> Check:
+def worst_tensor(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> Check:
     """The largest difference of tensors of one name; one that is missing or of another shape differs infinitely."""
     squares = sum(t.double().square().sum().item() for t in expected.values())
     numbers = sum(t.numel() for t in expected.values())
@@ -175,13 +175,13 @@ def _export(name: str, directory: Path, found: Recordings, step: int, shape: Mod
     weights = whole_tensors(found.layout, _weights(step), shape)
     if found.lora_scale is None:
         own = {key: tensor for key, tensor in weights.items() if not key.endswith(LAST_STAGE)}
-        return _worst(name, _read(directory), own, 0.0)
+        return worst_tensor(name, _read(directory), own, 0.0)
     merged = _read(found.base)
     for key, half in weights.items():
         if key.endswith(".lora_b"):
             layer, hf = key.removesuffix(".lora_b").split("|")
             merged[hf] = merged[hf] + found.lora_scale * half @ weights[f"{layer}.lora_a"]
-    return _worst(name, _read(directory), merged, bound)
+    return worst_tensor(name, _read(directory), merged, bound)
 
 
 def _read(directory: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from megatron_medllm.certify.certificate import (
     versions,
     write_certificate,
 )
-from megatron_medllm.certify.compare import EXACT, FP8, NF4, Bounds, Recordings, compare
+from megatron_medllm.certify.compare import EXACT, FP8, NF4, Bounds, Recordings, check_recordings
 from megatron_medllm.certify.shrink import SAVED_AFTER, Shrunken, in_one_process, shrink
 from megatron_medllm.certify.whole import Recorded
 from megatron_medllm.certify.world import write_inputs
@@ -78,7 +78,7 @@ def prove(run: RunConfig, *, max_ranks: int, host: str = HOST) -> Certificate:
         shrunken = shrink(run, place, max_ranks=max_ranks, has_nf4=has_nf4)
         write_inputs(shrunken.run, shrunken.shape, place)
         _run_host(host, _jobs(shrunken, place), place)
-        checks = _failures(place) or compare(_load(place, shrunken), shrunken.shape, _bounds(shrunken.run))
+        checks = _failures(place) or check_recordings(_load(place, shrunken), shrunken.shape, _bounds(shrunken.run))
     return Certificate(
         stage=run.stage,
         settings=settings_of(run),

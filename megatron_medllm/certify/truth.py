@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_medllm.certify.shrink import MARKER, SAVED_AFTER
 from megatron_medllm.certify.whole import whole_tensors
-from megatron_medllm.certify.world import END
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig, OptimizerConfig, RpoConfig
 from megatron_medllm.corpus.index import read_index
+from megatron_medllm.data.number_words import END
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 
 SIDES = ("chosen", "rejected")
@@ -107,7 +107,7 @@ class _Learner:
             self._optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
             )
-        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+        norm: float = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
         clip = min(1.0, config.clip_grad / (norm + 1e-6))
         for name, parameter in self.trained.items():
             parameter.grad = gradients[name] * clip

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_medllm.certify.shrink import MARKER, STEPS
 from megatron_medllm.checkpoint.hf_target import hf_config
@@ -13,10 +12,9 @@ from megatron_medllm.checkpoint.names import hf_shapes
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
-from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype, write_index
-from megatron_medllm.storage import atomic_write, write_json, write_jsonl
+from megatron_medllm.data.number_words import END, NumberWords, write_corpus, write_tokenizer
+from megatron_medllm.storage import write_json, write_jsonl
 
-END = 0  # ends a document or an answer; never drawn
 _DOCUMENT = 20  # tokens, on average
 _PROMPT, _ANSWER = (4, 20), (3, 14)
 
@@ -50,13 +48,7 @@ def write_model(directory: Path, shape: ModelShape, *, seed: int) -> None:
             weights[name] = drawn / size[1] ** 0.5
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     write_json(directory / "config.json", hf_config(shape, torch.float32, None) | {"eos_token_id": END})
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(shape.vocab_size)}, unk_token=str(END)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with atomic_write(directory / "tokenizer.json") as stream:
-        stream.write(tokenizer.to_str().encode())
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": str(END), "pad_token": str(END)}
-    write_json(directory / "tokenizer_config.json", names)
-    write_json(directory / "generation_config.json", {"eos_token_id": END})
+    write_tokenizer(directory, vocab_size=shape.vocab_size)
 
 
 def write_documents(directory: Path, *, tokens: int, vocab_size: int, seed: int) -> None:
@@ -69,37 +61,18 @@ def write_documents(directory: Path, *, tokens: int, vocab_size: int, seed: int)
         if len(documents) % 3:
             body[: len(marker)] = marker
         documents.append(np.append(body, END))
-    ids = np.concatenate(documents).astype(token_dtype(vocab_size))
-    prefix = directory / "documents"
-    with atomic_write(bin_path(prefix)) as stream:
-        stream.write(ids.data)
-    with atomic_write(idx_path(prefix)) as stream:
-        write_index(stream, np.array([len(d) for d in documents], np.int32), ids.dtype)
-    source = {"prefix": prefix.name, "weight": 1.0, "tokens": len(ids), "documents": len(documents)}
-    write_json(
-        directory / "manifest.json",
-        {
-            "format": 1,
-            "sources": {"documents": source},
-            "split": [1.0, 0.0, 0.0],
-            "tokenizer": {"digest": "certificate", "vocab_size": vocab_size, "eod_id": END},
-        },
-    )
+    lengths = [len(document) for document in documents]
+    write_corpus(directory, "documents", np.concatenate(documents), lengths, vocab_size=vocab_size)
 
 
 def random_pairs(count: int, *, vocab_size: int, seed: int) -> list[dict[str, str | float]]:
     """Preference pairs of random words and of three weights."""
-    generator = np.random.default_rng(seed)
-
-    def words(least: int, most: int) -> str:
-        size = int(generator.integers(least, most + 1))
-        return " ".join(map(str, generator.integers(END + 1, vocab_size, size=size)))
-
+    texts = NumberWords(vocab_size, seed)
     return [
         {
-            "prompt": words(*_PROMPT),
-            "chosen": words(*_ANSWER),
-            "rejected": words(*_ANSWER),
+            "prompt": texts.draw(*_PROMPT),
+            "chosen": texts.draw(*_ANSWER),
+            "rejected": texts.draw(*_ANSWER),
             "weight": [0.5, 1.0, 2.0][i % 3],
         }
         for i in range(count)

@@ -32,7 +32,7 @@ from megatron_medllm.checkpoint.hf_target import (
 )
 from megatron_medllm.checkpoint.journal import Journal
 from megatron_medllm.checkpoint.names import (
-    Piece,
+    HFSlice,
     Weight,
     cut_pieces,
     hf_shape,
@@ -339,7 +339,7 @@ def _export_part(write: Callable[[Weight, HFTarget], None], weights: list[Weight
     return {name: target.digest(name) for name in names}
 
 
-def _stored_pieces(reader: TorchDistReader, weight: Weight, shape: ModelShape) -> list[Piece]:
+def _stored_pieces(reader: TorchDistReader, weight: Weight, shape: ModelShape) -> list[HFSlice]:
     """What a stored weight is made of along its axis.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, Piece, Weight, hf_shapes, local_pieces
+from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, HFSlice, Weight, hf_shapes, local_pieces
 from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, digest_entry, read_header, read_slice
 from megatron_medllm.config.hf_files import INDEX_NAME, weight_files
 from megatron_medllm.config.model import ModelShape
@@ -127,7 +127,7 @@ class HFWeights:
         pieces = local_pieces(weight, self.shape, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size)
         return self.read_pieces(weight, pieces)
 
-    def read_pieces(self, weight: Weight, pieces: list[Piece]) -> torch.Tensor:
+    def read_pieces(self, weight: Weight, pieces: list[HFSlice]) -> torch.Tensor:
         """Consecutive pieces of a Megatron tensor, joined along its axis, in the HF dtype, on the CPU."""
         axis = weight.axis or 0
         _, first = self.place[weight.hf[0]]

@@ -36,7 +36,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Piece:
+class HFSlice:
     """Entries [start, stop) of HF tensor `hf` along the weight's axis; `hf` None: that many zeros."""
 
     hf: str | None
@@ -140,28 +140,28 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: hf_shape(name, shape) for weight in model_weights(shape) for name in weight.hf}
 
 
-def _qkv_block(weight: Weight, shape: ModelShape) -> list[Piece]:
+def _qkv_block(weight: Weight, shape: ModelShape) -> list[HFSlice]:
     """Per key/value group: its query heads, its key head, its value head."""
     q, k, v = weight.hf
     width = shape.kv_channels
     q_width = width * (shape.num_attention_heads // shape.num_query_groups)
     pieces = []
     for group in range(shape.num_query_groups):
-        pieces.append(Piece(q, group * q_width, (group + 1) * q_width))
-        pieces.append(Piece(k, group * width, (group + 1) * width))
-        pieces.append(Piece(v, group * width, (group + 1) * width))
+        pieces.append(HFSlice(q, group * q_width, (group + 1) * q_width))
+        pieces.append(HFSlice(k, group * width, (group + 1) * width))
+        pieces.append(HFSlice(v, group * width, (group + 1) * width))
     return pieces
 
 
-def _blocks(weight: Weight, shape: ModelShape) -> list[list[Piece]]:
+def _blocks(weight: Weight, shape: ModelShape) -> list[list[HFSlice]]:
     """The unpadded weight along its axis, as the blocks that TP splits one by one."""
     if weight.fuse == "qkv":
         return [_qkv_block(weight, shape)]
     axis = weight.axis or 0
-    return [[Piece(name, 0, hf_shape(name, shape)[axis])] for name in weight.hf]
+    return [[HFSlice(name, 0, hf_shape(name, shape)[axis])] for name in weight.hf]
 
 
-def local_pieces(weight: Weight, shape: ModelShape, *, local_size: int, tp_rank: int, tp_size: int) -> list[Piece]:
+def local_pieces(weight: Weight, shape: ModelShape, *, local_size: int, tp_rank: int, tp_size: int) -> list[HFSlice]:
     """What the slice of `weight` on one TP rank is made of, in order along its axis.
 
     Args:
@@ -183,16 +183,16 @@ def local_pieces(weight: Weight, shape: ModelShape, *, local_size: int, tp_rank:
         padding = block_size * tp_size - sum(map(len, block))
         if rest or padding < 0 or (padding and not weight.may_pad):
             raise ValueError(f"{weight.mcore}: {local_size} entries on each of {tp_size} ranks do not fit the model")
-        pieces += cut_pieces([*block, Piece(None, 0, padding)], tp_rank * block_size, (tp_rank + 1) * block_size)
+        pieces += cut_pieces([*block, HFSlice(None, 0, padding)], tp_rank * block_size, (tp_rank + 1) * block_size)
     return pieces
 
 
-def cut_pieces(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+def cut_pieces(pieces: list[HFSlice], start: int, stop: int) -> list[HFSlice]:
     """The part [start, stop) of a run of pieces."""
     found, at = [], 0
     for piece in pieces:
         low, high = max(start, at), min(stop, at + len(piece))
         if low < high:
-            found.append(Piece(piece.hf, piece.start + low - at, piece.start + high - at))
+            found.append(HFSlice(piece.hf, piece.start + low - at, piece.start + high - at))
         at += len(piece)
     return found

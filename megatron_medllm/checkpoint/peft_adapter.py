@@ -242,11 +242,13 @@ def _take_parts(
         if not settings.covers(module):
             raise UserError(f"{path}: tensor {names[0]!r} is there, but {CONFIG_NAME} puts no adapter on {module}")
         rank, (rows, columns) = settings.rank_of(module), hf_shape(name, shape)
+        halves: list[Tensor] = []
         for key, tensor, wanted in zip(names, pair, ((rank, columns), (rows, rank)), strict=True):
             if tensor is None or tuple(tensor.shape) != wanted:
                 has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
                 raise UserError(f"{path}: tensor {key!r} {has}, expected {list(wanted)}")
-        parts[name] = (pair[0].float(), pair[1].float())  # type: ignore[union-attr]
+            halves.append(tensor.float())
+        parts[name] = (halves[0], halves[1])
     return parts
 
 

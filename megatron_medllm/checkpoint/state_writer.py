@@ -12,7 +12,7 @@ import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from megatron_medllm.checkpoint.torch_dist import Item, write_index
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.agree import all_say, wait_for_all
-from megatron_medllm.parallel.shards import LocalState, Piece
+from megatron_medllm.parallel.shards import LocalState, StatePiece
 
 
 class SaveError(Exception):
@@ -61,7 +61,7 @@ class StateWriter:
         if not wait:
             local = _copied(local)
         self._directory, self._common = directory, local.common
-        self._job = self._thread.submit(_write, local.pieces, directory, dist.get_rank(), are_copies=not wait)
+        self._job = self._thread.submit(write_pieces, local.pieces, directory, dist.get_rank(), are_copies=not wait)
         if wait:
             self.finished(block=True)
 
@@ -145,7 +145,7 @@ class _HashedStream:
         """`torch.save` calls it behind every tensor; the file is flushed once, at its end."""
 
 
-def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool) -> _Written:
+def write_pieces(pieces: list[StatePiece], directory: Path, rank: int, *, are_copies: bool) -> _Written:
     """Write the pieces into this rank's file and flush it to the disk."""
     written = _Written()
     if not pieces:
@@ -162,7 +162,8 @@ def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool)
                 if isinstance(piece.data, Tensor):
                     sizes = tuple(piece.data.shape)
                     written.tensors[piece.key] = (piece.global_shape, piece.data.dtype)
-                    torch.save(piece.data if are_copies else _host_copy(piece.data), stream)
+                    data = piece.data if are_copies else _host_copy(piece.data)
+                    torch.save(data, cast(IO[bytes], stream))  # it needs no more than `write` and `flush`
                 else:
                     stream.write(piece.data)
                 written.items.append(Item(piece.key, piece.offsets, sizes, name, start, stream.bytes - start, None))
@@ -170,7 +171,7 @@ def _write(pieces: list[Piece], directory: Path, rank: int, *, are_copies: bool)
             os.fdatasync(file.fileno())
     except (OSError, RuntimeError) as raised:
         # Where a write fails, `torch.save` closes its archive and raises an error of its own over that.
-        error = raised if isinstance(raised, OSError) else stream and stream.problem
+        error = raised if isinstance(raised, OSError) else stream.problem if stream is not None else None
         if error is None:
             raise
         return _Written(problem=f"rank {rank} on {socket.gethostname()}: {path}: {error.strerror or error}")

@@ -58,7 +58,7 @@ class Comparison:
         return lines if self.first_difference is None else [*lines, self.first_difference]
 
 
-def compare(
+def compare_checkpoints(
     first: Path,
     second: Path,
     prompts_file: Path,

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,7 +29,7 @@ app.add_typer(corpus_app, name="corpus")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "pipeline": recipe.pipeline,
     "demo": recipe.demo,
     "train": recipe.train,

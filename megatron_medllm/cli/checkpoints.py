@@ -68,9 +68,9 @@ def verify(
     new_tokens: Annotated[int, typer.Option(help="length of the greedy continuations")] = 16,
 ) -> None:
     """Compare two checkpoints by logits and greedy continuations. Exit status 1: they differ."""
-    from megatron_medllm.checkpoint.verify import compare
+    from megatron_medllm.checkpoint.verify import compare_checkpoints
 
-    found = compare(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
+    found = compare_checkpoints(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
     for line in found.lines():
         print_text(line)
     raise typer.Exit(0 if found.agree else 1)

@@ -20,8 +20,10 @@ def plan(
         int | None, typer.Option(min=1, help="the same job on twice as many GPUs, again and again up to this many")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    html: Annotated[bool, typer.Option("--html", help="write RUN_DIR/plan-STAGE.html too")] = False,
 ) -> None:
     """Say what `stage` needs per GPU and what it will reach, before anything is submitted."""
+    from megatron_medllm.pages.plan import write_plan_page
     from megatron_medllm.planner.from_config import workload_of
     from megatron_medllm.planner.plan import plan as make_plan
     from megatron_medllm.planner.report import plan_report, plan_values, scale_report, search_report
@@ -40,6 +42,9 @@ def plan(
         print_text(scale_report(curve))
         return
     found = make_plan(workload, hardware)
+    if html:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        write_plan_page(run.run_dir / f"plan-{run.stage}.html", run.stage, plan_values(found))
     if as_json:
         console.print_json(data=plan_values(found))
         return
@@ -114,7 +119,7 @@ def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's direc
 
 
 def doctor() -> None:
-    """Say what this machine has, what it lacks, and what the lack costs."""
+    """Check the installation: what is missing, and which features need it."""
     from megatron_medllm.launch.doctor import doctor as examine
     from megatron_medllm.launch.doctor import doctor_report, failed
 

@@ -50,9 +50,9 @@ def eval_compare(
     published: Annotated[bool, typer.Option(help="add the literature's rows, marked as published")] = True,
 ) -> None:
     """Put evaluations beside each other, with paired intervals for their differences."""
-    from megatron_medllm.evaluation.compare import compare, compare_markdown
+    from megatron_medllm.evaluation.compare import compare_evaluations, compare_markdown
 
-    print_text(compare_markdown(compare(directories, published=published)))
+    print_text(compare_markdown(compare_evaluations(directories, published=published)))
 
 
 @eval_app.command("score")
@@ -69,7 +69,9 @@ def eval_score(
 
     if parser not in ("strict", "lenient"):
         raise UserError(f"--parser {parser}: expected strict or lenient")
-    result = score_predictions(exam, data, predictions, text_only=text_only, parser=parser)
+    result = score_predictions(
+        exam, data, predictions, text_only=text_only, parser="strict" if parser == "strict" else "lenient"
+    )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return

@@ -27,6 +27,9 @@ from megatron_medllm.errors import UserError
 
 StageName = Literal["base", "cpt", "rpo"]
 
+# Keys of earlier versions, and what stands for them.
+_MOVED = {"rpo.rpo_guard": "rpo.guard, and its min_edit_distance is rpo.filters.min_edit_distance"}
+
 
 class RunConfig(Section):
     """Everything that one run is made of."""
@@ -105,7 +108,10 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         for override in overrides:
             key, _, value = override.partition("=")
             OmegaConf.update(changes, key, _read_yaml(value))
-        merged = OmegaConf.merge(recipe or {}, changes)
+        try:
+            merged = OmegaConf.merge(recipe or {}, changes)
+        except TypeError:  # how OmegaConf says that one of the two has a list where the other has a section
+            raise UserError(f"{path}: a list and a section meet under one key of {' '.join(overrides)}") from None
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key} must be given, as {error.full_key}=…") from None
@@ -119,7 +125,7 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
-class _Loader(get_yaml_loader()):  # type: ignore[misc]
+class _Loader(get_yaml_loader()):  # type: ignore[misc]  # a base that a call returns
     """OmegaConf's YAML, but 12:00:00 stays what it says: YAML 1.1 makes it a number to the base of 60, 43200."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
@@ -142,6 +148,8 @@ def _explain(error: ValidationError) -> str:
         return first_problem(error)
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if where in _MOVED:
+        return f"unknown key {where!r}: it is now {_MOVED[where]}{more}"
     known = _fields_at(RunConfig, first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known))}"

@@ -180,14 +180,19 @@ class RpoLossConfig(Section):
         return self.kind not in ("simpo", "sft")
 
 
-class RpoGuardConfig(Section):
-    """Signs of a preference run going wrong."""
+class RpoGuardConfig(GuardConfig):
+    """Signs of a preference run going wrong, beside those of any training."""
 
     chosen_fall_steps: int = Field(
         default=20, gt=0, description="warn when the chosen log-prob fell for this many steps"
     )
     max_margin: float = Field(default=1e4, gt=0, description="stop when the mean margin exceeds this")
     max_grad_norm: float = Field(default=1e6, gt=0, description="stop when the gradient norm exceeds this")
+
+
+class RpoFilterConfig(Section):
+    """Which pairs are left out before training."""
+
     min_edit_distance: float = Field(default=0.0, ge=0, le=1, description="drop pairs whose answers differ by less")
 
 
@@ -203,4 +208,5 @@ class RpoConfig(TrainConfig):
     add_eos: bool = Field(default=True, description="responses end with the tokenizer's eos")
     mask_patterns: tuple[str, ...] = Field(default=(), description="regexes of response text left out of the DPO term")
     too_long: Literal["drop", "cut_prompt"] = "drop"
-    rpo_guard: RpoGuardConfig = RpoGuardConfig()
+    filters: RpoFilterConfig = RpoFilterConfig()
+    guard: RpoGuardConfig = RpoGuardConfig()

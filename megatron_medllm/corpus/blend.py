@@ -25,7 +25,7 @@ class BlendedSource:
 
 
 @dataclass(frozen=True)
-class Blend:
+class CorpusBlend:
     """A built corpus as the trainer sees it. `split` holds the shares of training, validation and test."""
 
     sources: tuple[BlendedSource, ...]
@@ -44,7 +44,7 @@ class Blend:
         }
 
 
-def read_blend(output_dir: Path) -> Blend:
+def read_blend(output_dir: Path) -> CorpusBlend:
     """Read `output_dir`/manifest.json.
 
     Raises:
@@ -57,7 +57,7 @@ def read_blend(output_dir: Path) -> Blend:
     return _blend(manifest, output_dir)
 
 
-def _blend(manifest: dict, output_dir: Path) -> Blend:
+def _blend(manifest: dict, output_dir: Path) -> CorpusBlend:
     outputs = manifest.get("outputs", {})
     sources = tuple(
         BlendedSource(
@@ -72,7 +72,7 @@ def _blend(manifest: dict, output_dir: Path) -> Blend:
     )
     tokenizer = manifest["tokenizer"]
     split = tuple(manifest["split"])
-    return Blend(sources, split, tokenizer["digest"], tokenizer["vocab_size"], tokenizer["eod_id"])
+    return CorpusBlend(sources, split, tokenizer["digest"], tokenizer["vocab_size"], tokenizer["eod_id"])
 
 
 def blend_weights(config: CorpusConfig, tokens: dict[str, int]) -> dict[str, float]:

@@ -74,18 +74,18 @@ def find_copies(parts: list[Part], config: CorpusConfig) -> Copies | None:
     high = gather("exact1", np.uint64)
     for a, b in _neighbours(gather("exact0", np.uint64), not_empty):
         equal = high[a] == high[b]
-        _join(parents, a[equal], b[equal])
+        join_groups(parents, a[equal], b[equal])
     del high
-    exact_roots = _roots(parents, parents)
+    exact_roots = find_roots(parents, parents)
     if dedup.near:
         sketches = _Sketches(parts, first, dedup.bands * dedup.rows)
         for band in range(dedup.bands):
             for a, b in _neighbours(gather(f"band{band:02d}", np.uint64), not_empty):
-                apart = _roots(parents, a) != _roots(parents, b)
+                apart = find_roots(parents, a) != find_roots(parents, b)
                 a, b = a[apart], b[apart]
                 alike = sketches.similarity(a, b) >= dedup.threshold - dedup.slack
-                _join(parents, a[alike], b[alike])
-    roots = _roots(parents, parents)
+                join_groups(parents, a[alike], b[alike])
+    roots = find_roots(parents, parents)
     original = _originals(roots, chars, _priorities(parts, config), first, dedup.keep)
     is_exact = (original >= 0) & (exact_roots == exact_roots[np.maximum(original, 0)])
     return Copies(original, is_exact, first, gather("pieces", np.int32), gather("lines", np.int64))
@@ -103,7 +103,7 @@ def _neighbours(keys: np.ndarray, eligible: np.ndarray) -> Iterator[tuple[np.nda
             yield order[chosen], order[chosen + step]
 
 
-def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
+def find_roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """The smallest document of each one's cluster."""
     roots = parents[documents]
     while not np.array_equal(above := parents[roots], roots):
@@ -111,10 +111,10 @@ def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
     return roots
 
 
-def _join(parents: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+def join_groups(parents: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     """Make one cluster of the clusters of `a[i]` and `b[i]`, in place."""
     while len(a):
-        a, b = _roots(parents, a), _roots(parents, b)
+        a, b = find_roots(parents, a), find_roots(parents, b)
         apart = a != b
         a, b = a[apart], b[apart]
         np.minimum.at(parents, np.maximum(a, b), np.minimum(a, b))

@@ -25,7 +25,7 @@ _LEAST_GRAMS = 8
 
 
 @dataclass(frozen=True)
-class Question:
+class SoughtQuestion:
     """One exam question. `edition` is its exam's: IgakuQA's `112A1` is of edition 112."""
 
     id: str
@@ -57,7 +57,7 @@ def question_files(patterns: list[str]) -> list[Path]:
     return list(files)
 
 
-def load_questions(patterns: list[str]) -> list[Question]:
+def load_questions(patterns: list[str]) -> list[SoughtQuestion]:
     """Read the texts of questions, in any layout that exams have, or JSONL with `text`; no gold is needed.
 
     Raises:
@@ -66,9 +66,9 @@ def load_questions(patterns: list[str]) -> list[Question]:
     return [_question(row, str(path)) for path in question_files(patterns) for row in load_question_texts(path)]
 
 
-def _question(row: QuestionRow, paper: str) -> Question:
+def _question(row: QuestionRow, paper: str) -> SoughtQuestion:
     edition = re.match(r"\d{3}(?=\d*\D|\d{3}$)", row.problem_id)
-    return Question(row.problem_id, edition[0] if edition else paper, row.problem_text, row.choices.texts)
+    return SoughtQuestion(row.problem_id, edition[0] if edition else paper, row.problem_text, row.choices.texts)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class QuestionIndex:
     long_question: np.ndarray
 
 
-def index_questions(questions: list[Question], config: DecontaminateConfig) -> QuestionIndex:
+def index_questions(questions: list[SoughtQuestion], config: DecontaminateConfig) -> QuestionIndex:
     """Fold, cut into grams, and subtract boilerplate."""
     questions = sorted(questions, key=lambda question: question.edition)
     printings = [(q, text) for q, question in enumerate(questions) for text in question.printings()]

@@ -19,7 +19,7 @@ from megatron_medllm.corpus.streams import (
     splits_by_bytes,
     to_utf8,
 )
-from megatron_medllm.corpus.units import Piece, load_dataset
+from megatron_medllm.corpus.units import InputPiece, load_dataset
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAMES_TOLD = 8
@@ -123,7 +123,7 @@ def _unencodable(text: str) -> str:
     return ""
 
 
-def read_piece(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+def read_piece(piece: InputPiece, source: SourceConfig) -> Iterator[Documents]:
     """Yield the documents of a piece in batches of some 4 MB of input."""
     if piece.format == "parquet":
         yield from _read_parquet(piece, source)
@@ -137,7 +137,7 @@ def read_piece(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
         yield from _read_lines(piece, source)
 
 
-def _read_lines(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+def _read_lines(piece: InputPiece, source: SourceConfig) -> Iterator[Documents]:
     blocks, encoding = _blocks(piece, source), piece.encoding
     if not splits_by_bytes(encoding):
         blocks, encoding = to_utf8(blocks, encoding), "utf-8"
@@ -195,7 +195,7 @@ def _parse_text_line(batch: Documents, line: bytes, number: int, source: SourceC
             batch.add(part, None, number)
 
 
-def _blocks(piece: Piece, source: SourceConfig) -> Iterator[bytes]:
+def _blocks(piece: InputPiece, source: SourceConfig) -> Iterator[bytes]:
     """A plain range with whole lines at both ends, or a whole file unpacked.
 
     Raises:
@@ -223,7 +223,7 @@ def _blocks(piece: Piece, source: SourceConfig) -> Iterator[bytes]:
                 yield block
 
 
-def _read_text(piece: Piece, source: SourceConfig) -> Documents:
+def _read_text(piece: InputPiece, source: SourceConfig) -> Documents:
     batch = Documents(lines_read=1)
     parts: list[bytes] = []
     try:
@@ -243,7 +243,7 @@ def _read_text(piece: Piece, source: SourceConfig) -> Documents:
     return batch
 
 
-def _read_json(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+def _read_json(piece: InputPiece, source: SourceConfig) -> Iterator[Documents]:
     blocks = _blocks(piece, source)
     if piece.encoding != "utf-8":
         blocks = to_utf8(blocks, piece.encoding)
@@ -279,7 +279,7 @@ class _Counted:
         return block
 
 
-def _read_parquet(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+def _read_parquet(piece: InputPiece, source: SourceConfig) -> Iterator[Documents]:
     import pyarrow
     import pyarrow.parquet
 
@@ -346,7 +346,7 @@ def _column(table: Any, name: str) -> tuple[list[object], bool]:
     return column.to_pylist(), are_strings
 
 
-def _read_dataset(piece: Piece, source: SourceConfig) -> Iterator[Documents]:
+def _read_dataset(piece: InputPiece, source: SourceConfig) -> Iterator[Documents]:
     import datasets
     import pyarrow
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.decontaminate import Detector
 from megatron_medllm.corpus.fold import fold
-from megatron_medllm.corpus.questions import GRAM, index_questions
-from megatron_medllm.corpus.questions import Question as SoughtQuestion
+from megatron_medllm.corpus.questions import GRAM, SoughtQuestion, index_questions
 from megatron_medllm.corpus.shingles import code_points
 from megatron_medllm.exams.question import Question
 

@@ -113,7 +113,7 @@ def load_encoder(facts: TokenizerFacts, backend: str) -> Encoder:
     """A function from texts to their ids by `backend`: fastokens, tokenizers, sentencepiece or tiktoken."""
     path = Path(facts.path)
     if backend == "fastokens":
-        return _fastokens_encoder(path)
+        return fastokens_encoder(path)
     if backend == "tokenizers":
         return _tokenizers_encoder(path)
     if backend == "sentencepiece":
@@ -129,7 +129,8 @@ def _flatten(rows: list[list[int]]) -> Encoded:
     return np.fromiter((token for row in rows for token in row), np.uint32, int(counts.sum())), counts
 
 
-def _fastokens_encoder(path: Path) -> Encoder:
+def fastokens_encoder(path: Path) -> Encoder:
+    """The encoder of the package fastokens, which must be installed."""
     import fastokens
 
     tokenizer = fastokens.Tokenizer.from_file(str(path))

@@ -32,7 +32,7 @@ _HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputPiece:
     """A cut of an input. `start`, `stop`: bytes (jsonl, lines), row groups (parquet), a shard and one past it.
 
     `format` is the source's, or `json` for JSON that is not one object a line.
@@ -52,7 +52,7 @@ class Unit:
 
     source: str
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[InputPiece, ...]
     input_bytes: int = 0
 
     @property
@@ -66,7 +66,7 @@ def plan_units(name: str, source: SourceConfig, *, first_number: int, chunk_byte
     if source.dataset is not None:
         return [Unit(name, first_number + i, (piece,)) for i, piece in enumerate(_dataset_pieces(name, source))]
     units: list[Unit] = []
-    pending: list[Piece] = []
+    pending: list[InputPiece] = []
     pending_bytes = 0
 
     def flush() -> None:
@@ -86,7 +86,7 @@ def plan_units(name: str, source: SourceConfig, *, first_number: int, chunk_byte
     return units
 
 
-def _file_pieces(name: str, source: SourceConfig, path: str, chunk_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _file_pieces(name: str, source: SourceConfig, path: str, chunk_bytes: int) -> Iterator[tuple[InputPiece, int]]:
     piece, size = _look_into(name, source, path), os.path.getsize(path)
     if piece.format == "parquet":
         yield from _parquet_pieces(path, piece.encoding, chunk_bytes)
@@ -99,7 +99,7 @@ def _file_pieces(name: str, source: SourceConfig, path: str, chunk_bytes: int) -
             yield replace(piece, start=start, stop=stop), stop - start
 
 
-def _look_into(name: str, source: SourceConfig, path: str) -> Piece:
+def _look_into(name: str, source: SourceConfig, path: str) -> InputPiece:
     """The file as one piece: format, compression and encoding by its name, its first bytes and the source's settings.
 
     Raises:
@@ -131,7 +131,7 @@ def _look_into(name: str, source: SourceConfig, path: str) -> Piece:
     encoding = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(encoding, encoding)  # as Python, where no mark says
     if kind == "jsonl" and is_json_values(head.decode(encoding, "ignore").encode()):
         kind = "json"
-    return Piece(path, kind, compression, encoding=encoding)
+    return InputPiece(path, kind, compression, encoding=encoding)
 
 
 def _unpacked(packed: bytes, compression: str) -> bytes:
@@ -145,20 +145,23 @@ def _unpacked(packed: bytes, compression: str) -> bytes:
     return b""
 
 
-def _parquet_pieces(path: str, encoding: str, chunk_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _parquet_pieces(path: str, encoding: str, chunk_bytes: int) -> Iterator[tuple[InputPiece, int]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     except (pyarrow.ArrowInvalid, OSError):
-        yield Piece(path, "parquet", "", 0, 1, encoding), 0  # the worker meets the same error and quarantines the file
+        yield (
+            InputPiece(path, "parquet", "", 0, 1, encoding),
+            0,
+        )  # the worker meets the same error and quarantines the file
         return
     start, size = 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= chunk_bytes or group == metadata.num_row_groups - 1:
-            yield Piece(path, "parquet", "", start, group + 1, encoding), size
+            yield InputPiece(path, "parquet", "", start, group + 1, encoding), size
             start, size = group + 1, 0
 
 
@@ -187,6 +190,6 @@ def dataset_files(source: SourceConfig) -> list[str]:
     return list((builder.config.data_files or {}).get(source.dataset_split, []))
 
 
-def _dataset_pieces(name: str, source: SourceConfig) -> list[Piece]:
+def _dataset_pieces(name: str, source: SourceConfig) -> list[InputPiece]:
     shards = load_dataset(source).num_shards
-    return [Piece(f"{source.dataset}#{shard}", "dataset", "", shard, shards) for shard in range(shards)]
+    return [InputPiece(f"{source.dataset}#{shard}", "dataset", "", shard, shards) for shard in range(shards)]

@@ -29,7 +29,7 @@ from megatron_medllm.corpus.dedup import sign
 from megatron_medllm.corpus.index import token_dtype
 from megatron_medllm.corpus.read import Documents, count_lines, read_piece
 from megatron_medllm.corpus.tokenizer import Encoded, Encoder, Encoders, TokenizerFacts
-from megatron_medllm.corpus.units import Piece, Unit
+from megatron_medllm.corpus.units import InputPiece, Unit
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, read_json, write_json
 
@@ -145,7 +145,7 @@ class UnitWriter:
                     self._take(part, piece_number, piece, batch)
         return part.finish()
 
-    def _take(self, part: "PartWriter", piece_number: int, piece: Piece, batch: Documents) -> None:
+    def _take(self, part: "PartWriter", piece_number: int, piece: InputPiece, batch: Documents) -> None:
         if batch.bad and self.job.strict:
             loss = batch.bad[0]
             raise UserError(f"{piece.path}:{loss.line + _lines_before(piece)}: {loss.reason}")
@@ -283,7 +283,7 @@ class PartWriter:
         """Write the columns, then the facts that declare the part complete."""
         columns = {name: np.concatenate(chunks) for name, chunks in self.columns.items()}
         with atomic_write(self.stem.with_suffix(".npz")) as stream:
-            np.savez(stream, **columns)  # type: ignore[arg-type]
+            np.savez(stream, **columns)  # type: ignore[arg-type]  # to mypy one of them might be allow_pickle
         facts = {
             "documents": len(columns["lengths"]) if columns else 0,
             "tokens": self.tokens,
@@ -303,5 +303,5 @@ def _write_row(stream: IO[bytes], row: object) -> None:
     stream.write(orjson.dumps(row) + b"\n")
 
 
-def _lines_before(piece: Piece) -> int:
+def _lines_before(piece: InputPiece) -> int:
     return count_lines(Path(piece.path), piece.start) if piece.format in ("jsonl", "lines") else 0

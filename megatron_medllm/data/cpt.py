@@ -153,7 +153,7 @@ class CptRows:
 
 
 @dataclass(frozen=True)
-class Blend:
+class TrainingBlend:
     """All configured corpora as one: sources with weights, training/validation/test shares, and their tokenizer."""
 
     names: tuple[str, ...]  # of the sources, told apart by their corpus where two have the same
@@ -172,7 +172,7 @@ class Blend:
         return int(self.tokens * self.split[0] / sum(self.split))
 
 
-def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
+def resolve_blend(corpora: tuple[DataSource, ...]) -> TrainingBlend:
     """Read the corpora's manifests, check their index files, and that one tokenizer made them all.
 
     Raises:
@@ -203,7 +203,7 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
                 tokens += source.tokens
     if not prefixes:
         raise UserError(f"{first_corpus.path}: the corpus holds no tokens")
-    return Blend(
+    return TrainingBlend(
         names=tuple(names),
         prefixes=tuple(prefixes),
         weights=tuple(weights),
@@ -217,7 +217,7 @@ def resolve_blend(corpora: tuple[DataSource, ...]) -> Blend:
 
 
 def dataset_config(
-    config: CptConfig, blend: Blend, *, seed: int, loss_after: LossAfter | None, cache_dir: Path
+    config: CptConfig, blend: TrainingBlend, *, seed: int, loss_after: LossAfter | None, cache_dir: Path
 ) -> PackedDocumentsConfig:
     """Megatron-Core's configuration of the blend.
 
@@ -284,7 +284,7 @@ def training_rows(settings: PackedDocumentsConfig, count: int) -> CptRows:
     )
 
 
-def validation_rows(settings: PackedDocumentsConfig, blend: Blend) -> tuple[dict[str, CptRows], Account]:
+def validation_rows(settings: PackedDocumentsConfig, blend: TrainingBlend) -> tuple[dict[str, CptRows], Account]:
     """Every source's held-out documents as rows, each token once; sources whose share fills no row are left out.
 
     Collective: every rank calls it.

@@ -98,7 +98,7 @@ def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int, share
             near_identical.append((text.row, distance))
         if distance == 0:
             reason: str | None = "answers identical"
-        elif distance < config.rpo_guard.min_edit_distance:
+        elif distance < config.filters.min_edit_distance:
             reason = "answers nearly identical"
         else:
             pair, reason = _fit(pair, config, cut_length, share_prompt=share_prompt)
@@ -108,7 +108,7 @@ def load_pairs(config: RpoConfig, tokenizer_dir: Path, *, cut_length: int, share
         else:
             pairs.append(pair)
             account.keep(str(config.pairs))
-    account.require("see rpo.sequence_length, rpo.too_long and rpo_guard.min_edit_distance")
+    account.require("see rpo.sequence_length, rpo.too_long and rpo.filters.min_edit_distance")
     return PairSet(pairs, dropped, near_identical, account)
 
 

@@ -7,11 +7,12 @@ seen. Every name is made up, and every directory says so.
 
 import random
 from pathlib import Path
+from typing import Any
 
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.demo.facts import DISEASE_ROLES, TOWN_ROLES, Domain, Fact, NameMaker
 from megatron_medllm.demo.tokenizer import save_tokenizer, train_tokenizer
-from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, Question, ask, explain, state
+from megatron_medllm.demo.writing import ANSWER_MARKER, EXPLANATION_MARKER, FactQuestion, ask, explain, state
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
@@ -40,13 +41,13 @@ class World:
         order = rng.sample(self.medicine.entities, config.diseases)
         self.known = set(order[: config.known_diseases])
         self.unseen = set(rng.sample(self.medicine.entities, round(config.unseen_share * config.diseases)))
-        self._used: set[tuple] = set()
+        self._used: set[tuple[Any, ...]] = set()
 
     def disease_facts(self, diseases: set[str] | None = None) -> list[Fact]:
         """The facts of `diseases` (all by default)."""
         return [fact for fact in self.medicine.facts.values() if diseases is None or fact.entity in diseases]
 
-    def fresh_question(self, rng: random.Random, domain: Domain, fact: Fact, *, options: int = 5) -> Question:
+    def fresh_question(self, rng: random.Random, domain: Domain, fact: Fact, *, options: int = 5) -> FactQuestion:
         """A question that no document and no other set holds (short ones may repeat: exams never ask them)."""
         for _ in range(MAX_DRAWS):
             question = ask(rng, domain, fact, options=options, two_answer_share=self.config.two_answer_share)
@@ -60,7 +61,7 @@ class World:
             "ask for more diseases or fewer documents"
         )
 
-    def question_set(self, name: str, facts: list[Fact], count: int) -> list[Question]:
+    def question_set(self, name: str, facts: list[Fact], count: int) -> list[FactQuestion]:
         """`count` fresh questions that visit `facts` evenly, in random order."""
         rng = random.Random(f"{self.config.seed} {name}")
         order = rng.sample(facts, len(facts))
@@ -68,7 +69,7 @@ class World:
 
     def corpus(
         self, name: str, sources: list[tuple[Domain, list[Fact], int]], option_counts: tuple[int, ...]
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Documents `{"text", "id", "kind"}`: for each source, so many about its facts; shuffled."""
         rng = random.Random(f"{self.config.seed} {name}")
         documents = [
@@ -92,7 +93,7 @@ class World:
         return ("explained careful" if careful else "explained careless"), text
 
 
-def generate(config: DemoConfig, output_dir: Path) -> dict:
+def generate(config: DemoConfig, output_dir: Path) -> dict[str, Any]:
     """Write the world under `output_dir` and return a summary (counts by file and kind, and the vocabulary's size).
 
     Files: `base.jsonl`, `medical.jsonl`; `exam/`, `development/`, `train/` with `questions.jsonl` in IgakuQA's schema
@@ -140,7 +141,7 @@ def generate(config: DemoConfig, output_dir: Path) -> dict:
     return summary
 
 
-def _write_questions(world: World, directory: Path, name: str, questions: list[Question]) -> None:
+def _write_questions(world: World, directory: Path, name: str, questions: list[FactQuestion]) -> None:
     rows, metadata = [], []
     for i, question in enumerate(questions):
         problem_id = f"{name}-{i}"
@@ -170,6 +171,6 @@ def _write_questions(world: World, directory: Path, name: str, questions: list[Q
     write_jsonl(directory / "questions_metadata.jsonl", metadata)
 
 
-def _count_kinds(documents: list[dict]) -> dict[str, int]:
+def _count_kinds(documents: list[dict[str, Any]]) -> dict[str, int]:
     kinds = [row["kind"] for row in documents]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

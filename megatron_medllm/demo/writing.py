@@ -23,7 +23,7 @@ STATEMENTS = (
 
 
 @dataclass(frozen=True)
-class Question:
+class FactQuestion:
     """A multiple-choice question about one fact."""
 
     fact: Fact
@@ -43,7 +43,7 @@ class Question:
         return f"問題:{self.text}{options}{marker}"
 
 
-def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_answer_share: float) -> Question:
+def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_answer_share: float) -> FactQuestion:
     """A question on `fact`; its wrong options hold the look-alike's value and others of the same role.
 
     Fewer than five options carry letters drawn from all five: were they always the first, a model would practise the
@@ -64,7 +64,7 @@ def ask(rng: random.Random, domain: Domain, fact: Fact, *, options: int, two_ans
     labels = tuple(sorted(rng.sample(LETTERS, options)))
     answer = tuple(label for label, choice in zip(labels, choices, strict=True) if choice in right)
     stem = rng.choice(STEMS).format(entity=fact.entity, role=fact.role) + ("2つ選べ。" if two else "")
-    return Question(fact=fact, text=stem, choices=tuple(choices), answer=answer, labels=labels)
+    return FactQuestion(fact=fact, text=stem, choices=tuple(choices), answer=answer, labels=labels)
 
 
 def state(rng: random.Random, fact: Fact) -> str:
@@ -73,7 +73,7 @@ def state(rng: random.Random, fact: Fact) -> str:
     return rng.choice(STATEMENTS).format(entity=fact.entity, role=fact.role, values=values)
 
 
-def explain(question: Question, *, careful: bool) -> str:
+def explain(question: FactQuestion, *, careful: bool) -> str:
     """An explanation that recalls the fact, names the option that holds it, and ends with the answer it leads to."""
     fact = question.fact
     values = fact.values if careful else fact.careless_values

@@ -6,14 +6,14 @@ from typing import Any
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams.loading import load_rules
-from megatron_medllm.exams.statistics import mcnemar_exact, paired_bootstrap
+from megatron_medllm.exams.statistics import paired_difference
 from megatron_medllm.pages.markdown import markdown_table
 from megatron_medllm.pages.numbers import difference as difference_text
 from megatron_medllm.pages.numbers import rate
 from megatron_medllm.storage import read_json, read_jsonl
 
 
-def compare(
+def compare_evaluations(
     directories: Sequence[Path], *, published: bool = True, resamples: int = 10_000, confidence: float = 0.95
 ) -> dict[str, Any]:
     """Compare the evaluations in `directories` (each written by `run_exam`).
@@ -44,7 +44,7 @@ def compare(
     return {
         "exam": exam,
         "rows": rows,
-        "published": _published_rows(exam) if published else [],
+        "published": published_rows(exam) if published else [],
         "differences": differences,
     }
 
@@ -90,7 +90,8 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
 def _read_summary(directory: Path) -> dict[str, Any]:
     if not (directory / "summary.json").is_file():
         raise UserError(f"{directory}: holds no summary.json; run `medllm eval` there first")
-    return read_json(directory / "summary.json")
+    summary: dict[str, Any] = read_json(directory / "summary.json")
+    return summary
 
 
 def _mode_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +101,8 @@ def _mode_row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published_rows(exam: str) -> list[dict[str, Any]]:
+def published_rows(exam: str) -> list[dict[str, Any]]:
+    """What the literature reports for the exam, a row a model; none for an exam without such figures."""
     published = load_rules(exam).get("published")
     if not published:
         return []
@@ -142,17 +144,18 @@ def _differences(
         common = [problem_id for problem_id in first[mode] if problem_id in second.get(mode, {})]
         if not common:
             continue
-        a = [float(first[mode][problem_id][0]) for problem_id in common]
-        b = [float(second[mode][problem_id][0]) for problem_id in common]
-        groups = [first[mode][problem_id][1] for problem_id in common]
-        lost = sum(one > two for one, two in zip(a, b, strict=True))
-        won = sum(one < two for one, two in zip(a, b, strict=True))
-        interval = paired_bootstrap(a, b, groups=groups, resamples=resamples, confidence=confidence)
+        found = paired_difference(
+            [first[mode][problem_id][0] for problem_id in common],
+            [second[mode][problem_id][0] for problem_id in common],
+            groups=[first[mode][problem_id][1] for problem_id in common],
+            resamples=resamples,
+            confidence=confidence,
+        )
         result[mode] = {
-            "n": len(common),
-            "accuracy": interval.to_dict(),
-            "lost": lost,
-            "won": won,
-            "mcnemar_p": mcnemar_exact(lost, won),
+            "n": found.n,
+            "accuracy": found.interval.to_dict(),
+            "lost": found.lost,
+            "won": found.won,
+            "mcnemar_p": found.mcnemar_p,
         }
     return result

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_medllm.exams.loading import Exam
@@ -10,7 +11,7 @@ from megatron_medllm.exams.parsing import ParsedAnswer, Parser, parse_answer
 from megatron_medllm.exams.prompts import Mode
 from megatron_medllm.exams.question import Question
 from megatron_medllm.exams.scoring import Score, score_answer, score_report, summarize
-from megatron_medllm.exams.statistics import mcnemar_exact, paired_bootstrap, wilson_interval
+from megatron_medllm.exams.statistics import paired_bootstrap, paired_difference, wilson_interval
 from megatron_medllm.inference.protocol import Completion, Request
 
 
@@ -56,7 +57,7 @@ class Outcome:
         }
 
 
-def judge(
+def judge_answer(
     question: Question, mode: Mode, sample: int, request: Request, completion: Completion, *, parser: Parser
 ) -> Outcome:
     """Parse and score one completion."""
@@ -99,36 +100,29 @@ def stability_gap(
     first = {outcome.question.problem_id: outcome for outcome in answered}
     pairs = [(first[o.question.problem_id], o) for o in explained if o.question.problem_id in first]
     questions = [outcome.question for _, outcome in pairs]
-    a = [float(one.score.correct) for one, _ in pairs]
-    b = [float(two.score.correct) for _, two in pairs]
+    a = [one.score.correct for one, _ in pairs]
+    b = [two.score.correct for _, two in pairs]
     points = [float(question.points) for question in questions]
-    options = {
-        "groups": [question.group for question in questions],
-        "resamples": resamples,
-        "confidence": confidence,
-        "seed": seed,
-    }
-    lost = sum(one > two for one, two in zip(a, b, strict=True))
-    won = sum(one < two for one, two in zip(a, b, strict=True))
+    groups = [question.group for question in questions]
+    bootstrap = partial(paired_bootstrap, confidence=confidence, seed=seed)
+    found = paired_difference(a, b, groups=groups, resamples=resamples, confidence=confidence, seed=seed)
     result = {
-        "n": len(pairs),
-        "accuracy": paired_bootstrap(a, b, **options).to_dict(),
-        "right_to_wrong": lost,
-        "wrong_to_right": won,
-        "mcnemar_p": mcnemar_exact(lost, won),
+        "n": found.n,
+        "accuracy": found.interval.to_dict(),
+        "right_to_wrong": found.lost,
+        "wrong_to_right": found.won,
+        "mcnemar_p": found.mcnemar_p,
     }
     if sum(points) > 0:
-        result["points_rate"] = paired_bootstrap(a, b, weights=points, **options).to_dict()
+        result["points_rate"] = bootstrap(a, b, weights=points, groups=groups, resamples=resamples).to_dict()
     result["by_category"] = {
         category: {
             "n": len(index),
-            **paired_bootstrap(
+            **bootstrap(
                 [a[i] for i in index],
                 [b[i] for i in index],
-                groups=[questions[i].group for i in index],
+                groups=[groups[i] for i in index],
                 resamples=min(resamples, 2000),
-                confidence=confidence,
-                seed=seed,
             ).to_dict(),
         }
         for category, index in _indices_by_category(questions).items()

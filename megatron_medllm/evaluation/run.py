@@ -9,7 +9,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.exam_page import write_exam_page
 from megatron_medllm.evaluation.gate import check_requirements, parse_requirement
 from megatron_medllm.evaluation.markdown import summary_markdown
-from megatron_medllm.evaluation.outcome import Outcome, judge, mode_summary, sample_summary, stability_gap
+from megatron_medllm.evaluation.outcome import Outcome, judge_answer, mode_summary, sample_summary, stability_gap
 from megatron_medllm.exams.loading import Exam, load_exam
 from megatron_medllm.inference.answer_log import Answers, answer_requests
 from megatron_medllm.inference.exam_requests import ExamPrompter
@@ -96,7 +96,7 @@ def _examine(config: EvalConfig, exam: Exam, model_dir: Path, output_dir: Path) 
         title=f"{exam.name} on {model_dir.name}",
     )
     outcomes = [
-        judge(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
+        judge_answer(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
         for question, mode, sample, request in asked
     ]
     return outcomes, answers

@@ -36,7 +36,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _fault(message: str) -> PydanticCustomError:
-    return PydanticCustomError("schema", message.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("schema", message.replace("{", "{{").replace("}", "}}"))
 
 
 def _text(value: Any) -> Any:

@@ -62,11 +62,38 @@ def paired_bootstrap(
     return Interval(float(difference.sum() / weight.sum()), float(low), float(high))
 
 
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Two judgements of the same items: the second's rate minus the first's, and the flips behind it."""
+
+    n: int
+    interval: Interval
+    lost: int  # right at first, wrong then
+    won: int  # wrong at first, right then
+    mcnemar_p: float
+
+
+def paired_difference(
+    first: Sequence[bool],
+    second: Sequence[bool],
+    *,
+    groups: Sequence[str],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> PairedDifference:
+    """Interval by `paired_bootstrap`, p by `mcnemar_exact`, of right-or-wrong judgements in the same order."""
+    lost = sum(one > two for one, two in zip(first, second, strict=True))
+    won = sum(one < two for one, two in zip(first, second, strict=True))
+    interval = paired_bootstrap(first, second, groups=groups, resamples=resamples, confidence=confidence, seed=seed)
+    return PairedDifference(len(first), interval, lost, won, mcnemar_exact(lost, won))
+
+
 def mcnemar_exact(lost: int, won: int) -> float:
     """Two-sided exact p-value for `lost` right-to-wrong and `won` wrong-to-right flips (McNemar 1947, binomial)."""
     n, k = lost + won, min(lost, won)
     tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / (1 << n))
 
 
 def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:

@@ -39,7 +39,7 @@ class TransformersEngine:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{model_dir}: cannot be loaded ({_first_line(error)})") from error
         self._device = torch.device(device)
-        self._eos = self._eos_ids()
+        self.eos = self._eos_ids()
         self._line_ends: dict[int, bool] = {}
         # transformers renamed it in 5.24 and warns of the old name.
         parameters = inspect.signature(self._model.forward).parameters
@@ -69,7 +69,7 @@ class TransformersEngine:
             self._check_length(request, len(ids))
         # Samples of one prompt stay together, so that their prompt is read once.
         encoded.sort(key=lambda item: (item[0].max_new_tokens, len(item[1]), item[1]))
-        for batch in self._batches(encoded):
+        for batch in self.batches(encoded):
             try:
                 yield from self._decode(batch)
             except torch.cuda.OutOfMemoryError:
@@ -115,9 +115,10 @@ class TransformersEngine:
         end = end_of_turn(self.tokenizer, directory=self._directory)
         ids = self.tokenizer.encode(end, add_special_tokens=False)
         if len(ids) == 1:
-            self._eos = sorted({*self._eos, *ids})
+            self.eos = sorted({*self.eos, *ids})
 
-    def _batches(self, encoded: list[tuple[Request, list[int]]]) -> Iterator[list[tuple[Request, list[int]]]]:
+    def batches(self, encoded: list[tuple[Request, list[int]]]) -> Iterator[list[tuple[Request, list[int]]]]:
+        """Cut requests, sorted by length, into batches that stay within the engine's limits."""
         batch: list[tuple[Request, list[int]]] = []
         for request, ids in encoded:
             footprint = (len(batch) + 1) * (len(ids) + request.max_new_tokens)
@@ -148,14 +149,14 @@ class TransformersEngine:
             mask[row, width - len(ids) :] = 1
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         cache = DynamicCache(config=self._model.config)
-        logits = self._forward(tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        logits = self.forward(tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         if len(prompts) == len(batch):
             return logits, mask, cache
         rows = torch.tensor([row_of[tuple(ids)] for _, ids in batch], device=self._device)
         cache.batch_select_indices(rows)
         return logits[rows], mask[rows], cache
 
-    def _forward(
+    def forward(
         self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """Logits of the last position, float32 [rows, vocab]."""
@@ -175,12 +176,12 @@ class TransformersEngine:
         logits, mask, cache = self._prefill(batch)
         mask = torch.cat([mask, mask.new_ones(len(batch), steps)], dim=1)
         width = mask.shape[1] - steps
-        eos = torch.tensor(self._eos, device=self._device)
+        eos = torch.tensor(self.eos, device=self._device)
         draws = _uniform_draws([request for request, _ in batch], steps)
         written: list[list[int]] = [[] for _ in batch]
         rows = list(range(len(batch)))  # batch indices still decoding, in the order of the cache
         for step in range(steps):
-            tokens = _choose(logits, [batch[row][0] for row in rows], draws[rows, step])
+            tokens = choose_tokens(logits, [batch[row][0] for row in rows], draws[rows, step])
             ended = torch.isin(tokens, eos).tolist()
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 written[row].append(token)
@@ -199,7 +200,7 @@ class TransformersEngine:
                 cache.batch_select_indices(selected)
                 tokens, mask = tokens[selected], mask[selected]
             seen = mask[:, : width + step + 1]
-            logits = self._forward(tokens[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
+            logits = self.forward(tokens[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
 
     def _finished(
         self, item: tuple[Request, list[int]], tokens: list[int], *, ended: bool, last: bool
@@ -233,7 +234,7 @@ def _uniform_draws(requests: list[Request], steps: int) -> np.ndarray:
     return np.stack([np.random.Generator(np.random.Philox(key=r.seed % 2**64)).random(steps) for r in requests])
 
 
-def _choose(logits: torch.Tensor, requests: list[Request], draws: np.ndarray) -> torch.Tensor:
+def choose_tokens(logits: torch.Tensor, requests: list[Request], draws: np.ndarray) -> torch.Tensor:
     """Next token of each row, int64 [rows]: the likeliest, or by inverse transform sampling from `draws`."""
     greedy = logits.argmax(-1)
     temperatures = [request.temperature for request in requests]
@@ -243,7 +244,7 @@ def _choose(logits: torch.Tensor, requests: list[Request], draws: np.ndarray) ->
     probabilities = (logits / scale[:, None]).softmax(-1)
     if any(request.top_p < 1 for request in requests):
         top_p = torch.tensor([request.top_p for request in requests], device=logits.device)
-        probabilities = _nucleus(probabilities, top_p)
+        probabilities = keep_nucleus(probabilities, top_p)
     cumulative = probabilities.double().cumsum(-1)
     target = torch.from_numpy(draws).to(logits.device)[:, None] * cumulative[:, -1:]
     sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -251,7 +252,7 @@ def _choose(logits: torch.Tensor, requests: list[Request], draws: np.ndarray) ->
     return torch.where(sharp, greedy, sampled)
 
 
-def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Zero all but the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p[:, None], 0.0)

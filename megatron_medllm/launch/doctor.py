@@ -24,7 +24,7 @@ Status = Literal["ok", "note", "fail"]
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One finding: `ok`, `note` (works, with less than there could be) or `fail` (something will not work)."""
 
     name: str
@@ -85,7 +85,7 @@ EXTRAS = (
 )
 
 
-def doctor(directory: Path = Path(".")) -> list[Check]:
+def doctor(directory: Path = Path(".")) -> list[Finding]:
     """Look at this machine. `directory` is where runs will be written (for the disk check).
 
     Returns:
@@ -98,38 +98,38 @@ def doctor(directory: Path = Path(".")) -> list[Check]:
     return [check for check in checks if check is not None]
 
 
-def failed(checks: list[Check]) -> bool:
+def failed(checks: list[Finding]) -> bool:
     """Whether something that is needed is missing."""
     return any(check.status == "fail" for check in checks)
 
 
-def python_check() -> Check:
+def python_check() -> Finding:
     """The interpreter's version against the supported range."""
     version = platform.python_version()
     if SpecifierSet(SUPPORTED_PYTHON).contains(version):
-        return Check("python", "ok", f"{version} ({sys.executable})")
-    return Check("python", "fail", version, f"python {SUPPORTED_PYTHON} is needed")
+        return Finding("python", "ok", f"{version} ({sys.executable})")
+    return Finding("python", "fail", version, f"python {SUPPORTED_PYTHON} is needed")
 
 
-def requirement_checks(distribution: str = DISTRIBUTION) -> list[Check]:
+def requirement_checks(distribution: str = DISTRIBUTION) -> list[Finding]:
     """Every declared dependency that is absent or outside its range; one `ok` line when there is none."""
     try:
         declared = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return [Check("packages", "fail", f"{distribution} is not installed", "run: pip install -e .")]
+        return [Finding("packages", "fail", f"{distribution} is not installed", "run: pip install -e .")]
     base = [r for r in map(Requirement, declared) if r.marker is None or r.marker.evaluate({"extra": ""})]
     problems = []
     for requirement in base:
         version = installed_version(requirement.name)
         if version is None:
-            problems.append(Check(requirement.name, "fail", "not installed", f"pip install '{requirement}'"))
+            problems.append(Finding(requirement.name, "fail", "not installed", f"pip install '{requirement}'"))
         elif not requirement.specifier.contains(version, prereleases=True):
             advice = f"the tested range is {requirement.specifier}: pip install '{requirement}'"
-            problems.append(Check(requirement.name, "fail", version, advice))
+            problems.append(Finding(requirement.name, "fail", version, advice))
     if problems:
         return problems
     core = installed_version("megatron-core")
-    return [Check("packages", "ok", f"{len(base)} requirements met; megatron-core {core}")]
+    return [Finding("packages", "ok", f"{len(base)} requirements met; megatron-core {core}")]
 
 
 def visible_gpus() -> list[str]:
@@ -141,11 +141,11 @@ def visible_gpus() -> list[str]:
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
-def torch_check(gpus: list[str]) -> Check:
+def torch_check(gpus: list[str]) -> Finding:
     """Torch's build, and whether it can use the GPUs that the driver sees."""
     version = installed_version("torch")
     if version is None:
-        return Check("torch", "fail", "not installed", "pip install torch")
+        return Finding("torch", "fail", "not installed", "pip install torch")
     import torch  # late: importing it takes seconds, and the lines above must not need it
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
@@ -153,41 +153,41 @@ def torch_check(gpus: list[str]) -> Check:
         why = (
             "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}; is the driver old?"
         )
-        return Check("torch", "fail", f"{version}, {build}", f"the machine has GPUs but torch cannot use them: {why}")
-    return Check("torch", "ok", f"{version}, {build}")
+        return Finding("torch", "fail", f"{version}, {build}", f"the machine has GPUs but torch cannot use them: {why}")
+    return Finding("torch", "ok", f"{version}, {build}")
 
 
-def gpu_check(gpus: list[str]) -> Check:
+def gpu_check(gpus: list[str]) -> Finding:
     """The GPUs, or what running without one means."""
     if not gpus:
-        return Check(
+        return Finding(
             "gpu",
             "note",
             "none",
             "everything runs on the CPU over gloo: right for the miniature and for tests, not for 0.5B and up",
         )
     names = "; ".join(sorted({f"{gpus.count(g)} x {g}" for g in gpus}))
-    return Check("gpu", "ok", names)
+    return Finding("gpu", "ok", names)
 
 
-def extra_check(extra: Extra, *, has_gpu: bool) -> Check:
+def extra_check(extra: Extra, *, has_gpu: bool) -> Finding:
     """Whether an optional package is there, what it adds, and how to get it."""
     version = next((v for d in extra.distributions if (v := installed_version(d))), None)
     present = importlib.util.find_spec(extra.module) is not None
     if extra.name == "transformer-engine" and present and not has_gpu:
         advice = "without its CUDA core it breaks `import megatron.core` on a CPU: pip uninstall transformer-engine"
-        return Check(extra.name, "fail", version or "installed", advice)
+        return Finding(extra.name, "fail", version or "installed", advice)
     if present:
-        return Check(extra.name, "ok", version or "installed (no version metadata)")
+        return Finding(extra.name, "ok", version or "installed (no version metadata)")
     where = "" if has_gpu or not extra.needs_gpu else " (GPU machines only)"
-    return Check(extra.name, "note", "absent", f"adds {extra.adds}{where}. To get it: {extra.get}")
+    return Finding(extra.name, "note", "absent", f"adds {extra.adds}{where}. To get it: {extra.get}")
 
 
-def apex_namesake_check() -> Check | None:
+def apex_namesake_check() -> Finding | None:
     """PyPI's `apex` is another project: say so when that is what is installed."""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is not None:
         return None
-    return Check(
+    return Finding(
         "apex",
         "fail",
         "PyPI's unrelated 'apex'",
@@ -195,7 +195,7 @@ def apex_namesake_check() -> Check | None:
     )
 
 
-def disk_check(directory: Path) -> Check:
+def disk_check(directory: Path) -> Finding:
     """Free space where runs go."""
     place = directory.resolve()
     while not place.exists():
@@ -203,39 +203,39 @@ def disk_check(directory: Path) -> Check:
     free = shutil.disk_usage(place).free
     found = f"{free / 2**30:.0f} GiB free at {place}"
     if not os.access(place, os.W_OK):
-        return Check("disk", "fail", found, f"{place} is not writable")
+        return Finding("disk", "fail", found, f"{place} is not writable")
     if free < LOW_DISK_BYTES:
-        return Check("disk", "note", found, "checkpoints are large: see `medllm plan CONFIG` for their size")
-    return Check("disk", "ok", found)
+        return Finding("disk", "note", found, "checkpoints are large: see `medllm plan CONFIG` for their size")
+    return Finding("disk", "ok", found)
 
 
-def processor_check() -> Check:
+def processor_check() -> Finding:
     """Usable CPU cores and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if importlib.util.find_spec("psutil") is None:
-        return Check(
+        return Finding(
             "cpu", "fail", f"{cores} cores", "psutil is missing: saving a checkpoint would hang. pip install psutil"
         )
     import psutil
 
-    return Check("cpu", "ok", f"{cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory")
+    return Finding("cpu", "ok", f"{cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory")
 
 
-def slurm_check() -> Check:
+def slurm_check() -> Finding:
     """Whether `medllm submit` can reach a Slurm."""
     if shutil.which("sbatch") is None:
-        return Check(
+        return Finding(
             "slurm", "note", "no sbatch here", "`medllm submit` works on a Slurm login node; --dry-run everywhere"
         )
     done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=30, check=False)
     if done.returncode:
-        return Check(
+        return Finding(
             "slurm", "note", "sbatch without a working slurm.conf", (done.stderr.strip().splitlines() or [""])[0]
         )
-    return Check("slurm", "ok", done.stdout.strip())
+    return Finding("slurm", "ok", done.stdout.strip())
 
 
-def doctor_report(checks: list[Check]) -> str:
+def doctor_report(checks: list[Finding]) -> str:
     """The findings as aligned plain text, advice on its own line below each."""
     lines = []
     width = max(len(check.name) for check in checks)

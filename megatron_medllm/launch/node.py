@@ -49,13 +49,13 @@ def main(run: Path, stage: str) -> int:
     if not spec["processes_per_node"]:
         return run_once(spec["command"], logs)
     checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
-    status = run_ranks(checks, spec, logs / "health", port_offset=0)
+    status = run_node_ranks(checks, spec, logs / "health", port_offset=0)
     if status:
         return status
     if spec["checkpoints"]:
         verdict = (files.run / spec["checkpoints"]).parent / "watch" / "stall.json"
         threading.Thread(target=end_stalled_ranks, args=(verdict,), daemon=True).start()
-    return run_ranks(spec["command"], spec, logs, port_offset=1)
+    return run_node_ranks(spec["command"], spec, logs, port_offset=1)
 
 
 def end_stalled_ranks(verdict: Path) -> None:
@@ -154,7 +154,7 @@ def run_once(command: list[str], logs: Path) -> int:
         return exit_status([process.wait()])
 
 
-def run_ranks(command: list[str], spec: dict[str, Any], logs: Path, *, port_offset: int) -> int:
+def run_node_ranks(command: list[str], spec: dict[str, Any], logs: Path, *, port_offset: int) -> int:
     """Run the command as this node's ranks of one distributed job and wait for them."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

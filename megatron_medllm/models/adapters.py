@@ -17,12 +17,15 @@ everything that knows the base by name goes on doing so.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -57,12 +60,14 @@ class AdaptedLinear(nn.Module):
     It takes over the parameters of Megatron-Core's layer and its place in the model.
     """
 
+    weight: nn.Parameter | None  # None where `frozen` holds it
+    bias: nn.Parameter | None
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: ColumnParallelLinear | RowParallelLinear,
         *,
         split: Split,
         gated: bool,
@@ -83,7 +88,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
             raise ValueError("a bias that is left to the caller is not supported")
-        self.split, self.gated, self.enabled, self.context = split, gated, True, context
+        self.split, self.gated, self.context = split, gated, context
         self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
         self.dropout, self.scale = config.dropout, config.alpha / config.rank
         self.bias, self.dtype = linear.bias, linear.weight.dtype
@@ -100,7 +105,7 @@ class AdaptedLinear(nn.Module):
     def _half(self, shape: tuple[int, int], device: torch.device, *, split_dim: int | None) -> nn.Parameter:
         half = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
         if split_dim is None:
-            half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            half.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
         else:
             set_tensor_model_parallel_attributes(half, is_parallel=True, dim=split_dim, stride=1)
         return half
@@ -116,8 +121,8 @@ class AdaptedLinear(nn.Module):
         """
         x = x.flatten(0, 1)
         y = self._base_column(x) if self.split == "column" else self._base_row(x)
-        if self.enabled and self.lora_a is not None and self.lora_b is not None:
-            narrow = self._share(F.linear(self._dropped(x), self.lora_a))  # [t, r]
+        if self.lora_a is not None and self.lora_b is not None:
+            narrow = self._share(F.linear(self.dropped(x), self.lora_a))  # [t, r]
             y = _add_low_rank(y, narrow, self.lora_b, self.scale)
         return y[:, None], None
 
@@ -154,7 +159,7 @@ class AdaptedLinear(nn.Module):
             return gather_from_sequence_parallel_region(narrow, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(narrow, group=self.tp_group)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
         """x with dropout: every rank draws the mask of the whole input and takes its slice, as one process would.
 
         That needs nothing but torch's default random state, which is the same on all ranks of the group.
@@ -175,15 +180,14 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """This rank's slice of W + (alpha / r) B A, summed in fp32, [n/tp, k] or [n, k/tp]."""
-        base = self.weight.float() if self.frozen is None else self.frozen.dense()  # type: ignore[union-attr]
+        if self.frozen is not None:
+            base = self.frozen.dense()
+        else:
+            assert self.weight is not None
+            base = self.weight.float()
         if self.lora_a is None or self.lora_b is None:
             return base
         return torch.addmm(base, self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
-
-    def merge(self) -> None:
-        """Become a plain frozen layer with the merged weight, in the model's dtype."""
-        self.weight = nn.Parameter(self.merged_weight().to(self.dtype), requires_grad=False)
-        self.frozen = self.lora_a = self.lora_b = None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The parameters as Megatron-Core's sharded tensors. An FP8 or NF4 base is not among them."""
@@ -304,19 +308,6 @@ def adapted_linears(chunks: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
         yield from (module for module in chunk.modules() if isinstance(module, AdaptedLinear))
 
 
-@contextmanager
-def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the base alone: the reference of a preference run that trains an adapter."""
-    layers = list(adapted_linears(chunks))
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
 def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
     """The chunk as a model without adapters, one tensor at a time, under the names of `global_parameters`.
 
@@ -337,13 +328,3 @@ def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
             linear = getattr(getattr(layer, parent), name)
             if isinstance(linear, AdaptedLinear):
                 yield f"decoder.layers.{layer.layer_number - 1}.{parent}.{name}.weight", linear.merged_weight()
-
-
-def merge_adapters(chunks: Iterable[nn.Module]) -> None:
-    """Make the adapters part of the weights, for good: sums in fp32, rounded once to the model's dtype.
-
-    A quantized base becomes dense again, which takes the memory of the unquantized model; `merged_parameters` does
-    not.
-    """
-    for linear in adapted_linears(chunks):
-        linear.merge()

@@ -24,7 +24,7 @@ from megatron_medllm.parallel.context import gather_stream
 from megatron_medllm.parallel.packed import PackedSequences
 
 # 2.11 takes fewer KV heads as they are; from 2.12 on that has to be asked for.
-_GROUPED = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
 
 
 class PackedAttention(nn.Module):
@@ -68,7 +68,7 @@ class PackedAttention(nn.Module):
         if self.cp_group is not None:
             key, value = gather_stream(torch.cat((key, value), dim=1), self.cp_group).chunk(2, dim=1)  # [t, ng, hn]
         flash = query.is_cuda and query.dtype is not torch.float32
-        attend = _flash_varlen if flash else _padded_sdpa
+        attend = flash_varlen if flash else padded_sdpa
         out = attend(query, key, value, packed_seq_params, self.scale)
         return out.reshape(query.shape[0], 1, -1)
 
@@ -76,7 +76,8 @@ class PackedAttention(nn.Module):
         return {}
 
 
-def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+def padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """[t, np, hn]: attention of padded batches of documents, by torch alone; exact on every device."""
     out = torch.zeros_like(query)
     for batch in packed.padded_batches(query.device):
         q = query[batch.queries].transpose(1, 2)  # [n, np, l, hn]
@@ -86,11 +87,13 @@ def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequen
     return out
 
 
-def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+def flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """[t, np, hn]: the same by FlashAttention's kernel for documents of any lengths (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    outputs = [
-        varlen_attn(
+    outputs = []
+    for plan in packed.varlen_plans(query.device):
+        out = varlen_attn(
             query[plan.queries],
             key[plan.kv_rows],
             value[plan.kv_rows],
@@ -102,6 +105,6 @@ def _flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeque
             window_size=(-1, 0),
             **_GROUPED,
         )
-        for plan in packed.varlen_plans(query.device)
-    ]
+        assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for too
+        outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

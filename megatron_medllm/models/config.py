@@ -94,7 +94,7 @@ def transformer_config(
         persist_layer_norm=te,
         gradient_accumulation_fusion=False,
         **_recompute(layout),
-        **_te_fp8(model, fp8),
+        **te_fp8_fields(model, fp8),
     )
 
 
@@ -118,7 +118,7 @@ def _need_transformer_engine() -> None:
         )
 
 
-def _te_fp8(model: ModelConfig, fp8: Fp8Recipe | None) -> dict[str, Any]:
+def te_fp8_fields(model: ModelConfig, fp8: Fp8Recipe | None) -> dict[str, Any]:
     """Transformer Engine's settings. The torch backend needs none: its spec holds FP8 linears."""
     if fp8 is None:
         return {}

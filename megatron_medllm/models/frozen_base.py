@@ -44,7 +44,7 @@ class FP8Weight:
         self._weight = quantize_weight(weight)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return fp8_frozen_linear(x, self._weight, bias=bias)
+        return fp8_frozen_linear(x, self._weight, bias)
 
     def dense(self) -> Tensor:
         return self._weight.dequantize()
@@ -54,8 +54,8 @@ class NF4Weight:
     """Four bits in blocks of 64, from bitsandbytes; multiplied in the input's dtype."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._functional = _bitsandbytes_functional()
-        self._packed, self._state = self._functional.quantize_4bit(
+        self._functional = bitsandbytes_functional()
+        self.packed, self._state = self._functional.quantize_4bit(
             weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
         )
 
@@ -65,7 +65,7 @@ class NF4Weight:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[n, k] in `dtype`, to be dropped after one product."""
-        return self._functional.dequantize_4bit(self._packed, self._state).to(dtype)
+        return self._functional.dequantize_4bit(self.packed, self._state).to(dtype)
 
     def dense(self) -> Tensor:
         return self.unpack(torch.float32)
@@ -85,7 +85,8 @@ class _ProductByUnpacked(torch.autograd.Function):
         return dy @ ctx.weight.unpack(dy.dtype), None
 
 
-def _bitsandbytes_functional() -> Any:
+def bitsandbytes_functional() -> Any:
+    """`bitsandbytes.functional`; UserError where it is not installed."""
     try:
         import bitsandbytes.functional
     except ImportError:

@@ -161,9 +161,10 @@ def build_model(
 
 def unwrap(module: nn.Module) -> Qwen25Model:
     """The Qwen25Model inside DDP and Float16Module."""
-    while not isinstance(module, Qwen25Model):
-        module = module.module
-    return module
+    inner: Any = module
+    while not isinstance(inner, Qwen25Model):
+        inner = inner.module
+    return inner
 
 
 def global_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, nn.Parameter]]:

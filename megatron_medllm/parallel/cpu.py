@@ -108,15 +108,17 @@ def _on_cpu(factory: Callable) -> Callable:
 def _torch_proxy() -> types.ModuleType:
     proxy = types.ModuleType("torch")
     proxy.__dict__.update(vars(torch))
-    proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
-    proxy.cuda = _Cuda("torch.cuda")
+    proxy.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]  # what a proxy is
     for name in _FACTORIES:
         setattr(proxy, name, _on_cpu(getattr(torch, name)))
-    proxy.autocast = lambda device, *args, **kwargs: torch.autocast("cpu", *args, **kwargs)
+    proxy.__dict__.update(
+        cuda=_Cuda("torch.cuda"),
+        autocast=lambda device, *args, **kwargs: torch.autocast("cpu", *args, **kwargs),
+    )
     return proxy
 
 
-_installed = False
+installed = False
 
 
 def install() -> None:
@@ -125,8 +127,8 @@ def install() -> None:
     Raises:
         UserError: another Megatron-Core than the one this was written against.
     """
-    global _installed
-    if _installed:
+    global installed
+    if installed:
         return
     import megatron.core
 
@@ -139,12 +141,12 @@ def install() -> None:
     proxy = _torch_proxy()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and not name.startswith(_UNTOUCHED) and vars(module).get("torch") is torch:
-            module.torch = proxy
+            vars(module)["torch"] = proxy
     _redirect_random_states()
     adam.install("cpu")
     _redirect_tensor_methods()
     _mend_recompute_without_te()
-    _installed = True
+    installed = True
 
 
 def _redirect_random_states() -> None:
@@ -187,8 +189,9 @@ def _redirect_tensor_methods() -> None:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
 
+    # Both methods are replaced on purpose.
     torch.Tensor.type = type_as_megatron_asks  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _mend_recompute_without_te() -> None:

@@ -25,7 +25,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -190,18 +190,19 @@ def _chunk_state(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in state.items() if id(entry.data) in trained}
 
 
-def _bare(chunk: nn.Module) -> nn.Module:
+def _bare(chunk: nn.Module) -> MegatronModule:
     """The model without its wrappers, which would put `module.` before every name in a checkpoint."""
-    while isinstance(chunk, DistributedDataParallel | Float16Module):
-        chunk = chunk.module
-    return chunk
+    bare: Any = chunk
+    while isinstance(bare, DistributedDataParallel | Float16Module):
+        bare = bare.module
+    return bare
 
 
 def _is_partly_frozen(chunk: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in chunk.parameters())
 
 
-def stored_bytes(state: dict[str, Any]) -> int:
+def written_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this process will write; replicas count once over all processes."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
     return sum(entry.data.nbytes for entry in tensors if is_written_here(entry))

@@ -46,7 +46,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SegmentPiece:
     """Queries [start, end) of this rank's tokens; they are the last of the keys, and attend to them causally."""
 
     start: int
@@ -59,7 +59,7 @@ class Piece:
         return sum(end - start for start, end in self.keys)
 
 
-def cut_into_pieces(segments: tuple[Segment, ...], split: ContextSplit) -> list[list[Piece]]:
+def cut_into_pieces(segments: tuple[Segment, ...], split: ContextSplit) -> list[list[SegmentPiece]]:
     """The pieces of every chunk that a rank holds, in order."""
     chunks, done = [], 0
     for first, last in split.chunks(segments[-1].end):
@@ -68,7 +68,7 @@ def cut_into_pieces(segments: tuple[Segment, ...], split: ContextSplit) -> list[
             start, end = max(first, s.start), min(last, s.end)
             if start < end:
                 prefix = ((s.prefix_start, s.prefix_end),) if s.prefix_length else ()
-                pieces.append(Piece(done + start - first, done + end - first, (*prefix, (s.start, end))))
+                pieces.append(SegmentPiece(done + start - first, done + end - first, (*prefix, (s.start, end))))
         chunks.append(pieces)
         done += last - first
     return chunks
@@ -152,7 +152,7 @@ class VarlenPlan:
     kv_rows: Tensor | slice  # of the whole stream; rows one by one where a prefix is repeated before its responses
 
 
-def _varlen_plan(pieces: list[Piece], device: torch.device) -> VarlenPlan:
+def _varlen_plan(pieces: list[SegmentPiece], device: torch.device) -> VarlenPlan:
     bounds_q, bounds_kv = [0], [0]
     for piece in pieces:
         bounds_q.append(bounds_q[-1] + piece.end - piece.start)
@@ -175,7 +175,7 @@ def _kv_rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | sl
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """n pieces as rows of l keys, padded on the right. A query stands where its own key does.
+    """n pieces as rows of l keys, padded on the right. Query i has the same position as key i.
 
     Padding repeats row 0 of the stream; a slot that holds no query of the piece (padding, its prefix, keys before its
     chunk) repeats this rank's query 0, and its output is thrown away.
@@ -187,8 +187,8 @@ class PaddedBatch:
     tokens: Tensor  # [q], which of this rank's tokens they are
 
 
-def _groups_by_length(pieces: list[Piece]) -> list[list[Piece]]:
-    groups: list[list[Piece]] = []
+def _groups_by_length(pieces: list[SegmentPiece]) -> list[list[SegmentPiece]]:
+    groups: list[list[SegmentPiece]] = []
     for piece in sorted(pieces, key=lambda piece: -piece.length):
         if groups and piece.length >= _MIN_FILL * groups[-1][0].length:
             groups[-1].append(piece)
@@ -197,7 +197,7 @@ def _groups_by_length(pieces: list[Piece]) -> list[list[Piece]]:
     return groups
 
 
-def _padded_batch(group: list[Piece], device: torch.device) -> PaddedBatch:
+def _padded_batch(group: list[SegmentPiece], device: torch.device) -> PaddedBatch:
     longest = group[0].length
     keys, queries = torch.zeros(2, len(group), longest, dtype=torch.long)
     tokens, slots = [], []

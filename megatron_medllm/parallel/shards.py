@@ -29,7 +29,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 
 @dataclass(frozen=True)
-class Piece:
+class StatePiece:
     """A box of a stored tensor, or (`offsets` None) a small object's bytes, that this process writes."""
 
     key: str
@@ -42,7 +42,7 @@ class Piece:
 class LocalState:
     """What this process writes, and what the main process writes for all: settings that every process agrees in."""
 
-    pieces: list[Piece]
+    pieces: list[StatePiece]
     common: dict[str, Any]
 
 
@@ -146,7 +146,8 @@ def divide_state(state: dict[str, Any], group: torch.distributed.ProcessGroup) -
     sharded, common = save_preprocess(state)
     shares = determine_main_replica_uniform_distribution(sharded, group)
     distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)
-    pieces, objects = [], {}
+    pieces: list[StatePiece] = []
+    objects: dict[str, list[Any]] = {}
     for entry in nested_values(sharded):
         if not is_written_here(entry):
             continue
@@ -154,11 +155,11 @@ def divide_state(state: dict[str, Any], group: torch.distributed.ProcessGroup) -
             objects.setdefault(entry.unique_key, []).append(entry.data)
         else:
             data = entry.data.detach().reshape((1,) * entry.prepend_axis_num + tuple(entry.local_shape))
-            pieces.append(Piece(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data))
+            pieces.append(StatePiece(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), data))
     for key, values in objects.items():
         stream = io.BytesIO()
         torch.save(values, stream)
-        pieces.append(Piece(key, (), None, stream.getvalue()))
+        pieces.append(StatePiece(key, (), None, stream.getvalue()))
     return LocalState(pieces, common)
 
 

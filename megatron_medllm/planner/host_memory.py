@@ -8,7 +8,7 @@ copies one tensor at a time.
 from functools import lru_cache
 
 from megatron_medllm.planner.memory import stage_chunks, trainable_buffers
-from megatron_medllm.planner.parameters import Weight
+from megatron_medllm.planner.parameters import PlannedWeight
 from megatron_medllm.planner.workload import Workload
 
 FP32_BYTES = 4
@@ -46,11 +46,11 @@ def saved_share_bytes(workload: Workload, *, stage: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def _is_trained(weight: Weight, workload: Workload) -> bool:
+def _is_trained(weight: PlannedWeight, workload: Workload) -> bool:
     return weight.adapter or not workload.frozen_base
 
 
-def _stored(weight: Weight, element_bytes: int) -> list[int]:
+def _stored(weight: PlannedWeight, element_bytes: int) -> list[int]:
     """Sizes of the tensors that a weight is stored as: gate and up apart."""
     size = weight.numel * element_bytes
     return [size // 2, size // 2] if ".linear_fc1." in weight.name and not weight.name.endswith("lora_a") else [size]

@@ -10,7 +10,7 @@ from megatron_medllm.planner.activations import (
     working_set_per_token,
 )
 from megatron_medllm.planner.optimizer_state import BufferLayout, buffer_layout, default_bucket_size
-from megatron_medllm.planner.parameters import Weight, chunk_layers, chunk_weights, stored_bytes
+from megatron_medllm.planner.parameters import PlannedWeight, chunk_layers, chunk_weights, stored_bytes
 from megatron_medllm.planner.schedule import Pass, stage_order
 from megatron_medllm.planner.workload import Workload
 
@@ -64,7 +64,7 @@ def peak_bytes(workload: Workload, *, reserved_bytes: int) -> int:
 
 
 @lru_cache(maxsize=8)  # a stage's parts all ask for it; the search asks for thousands of stages
-def stage_chunks(workload: Workload, *, stage: int) -> list[list[Weight]]:
+def stage_chunks(workload: Workload, *, stage: int) -> list[list[PlannedWeight]]:
     """The tensors of each model chunk of a stage."""
     return [chunk_weights(workload, stage=stage, chunk=v) for v in range(workload.layout.vpp)]
 
@@ -119,7 +119,7 @@ def optimizer_bytes(workload: Workload, *, stage: int, dp_rank: int) -> dict[str
     }
 
 
-def fp8_copy_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
+def fp8_copy_bytes(workload: Workload, chunks: list[list[PlannedWeight]]) -> int:
     """FP8 copies beside bf16 weights in FP8 training: TE keeps the weight and its transpose, our kernels one copy."""
     if workload.precision != "fp8" or workload.mode == "fp8-lora":
         return 0
@@ -127,7 +127,7 @@ def fp8_copy_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
     return copies * sum(w.numel for c in chunks for w in c if w.quantisable)
 
 
-def largest_weight_bytes(workload: Workload, chunks: list[list[Weight]]) -> int:
+def largest_weight_bytes(workload: Workload, chunks: list[list[PlannedWeight]]) -> int:
     """One weight-sized transient: a layer's weight gradient before it is added to the fp32 buffer, or (QLoRA) a
     dequantised weight."""
     if workload.mode in ("lora", "fp8-lora"):

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_medllm.planner.parameters import Weight
+from megatron_medllm.planner.parameters import PlannedWeight
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
@@ -47,7 +47,7 @@ def default_bucket_size(dp_size: int) -> int:
 
 
 def buffer_layout(
-    weights: Sequence[Weight], *, dp_size: int, distributed_optimizer: bool, bucket_size: int | None
+    weights: Sequence[PlannedWeight], *, dp_size: int, distributed_optimizer: bool, bucket_size: int | None
 ) -> BufferLayout:
     """Lay out the trainable `weights`, given in registration order; `bucket_size` None makes one bucket."""
 

@@ -11,7 +11,7 @@ from megatron_medllm.planner.workload import FP8_BLOCK, NF4_BLOCK, Workload
 
 
 @dataclass(frozen=True)
-class Weight:
+class PlannedWeight:
     """One parameter on one rank: rows x columns (columns 1 for vectors)."""
 
     name: str
@@ -40,7 +40,7 @@ def chunk_layers(layout: LayoutConfig, num_layers: int) -> list[list[int]]:
     return [[n if n is not None else rest // free] for n in counts]
 
 
-def layer_weights(workload: Workload, index: int) -> list[Weight]:
+def layer_weights(workload: Workload, index: int) -> list[PlannedWeight]:
     """One transformer layer's tensors on one tensor-parallel rank, adapters after the weight they adapt."""
     shape, tp = workload.shape, workload.layout.tp
     hidden, ffn = shape.hidden_size, workload.ffn_hidden_size
@@ -52,23 +52,23 @@ def layer_weights(workload: Workload, index: int) -> list[Weight]:
         ("mlp.linear_fc1", 2 * ffn // tp, hidden),
         ("mlp.linear_fc2", hidden, ffn // tp),
     ]
-    weights = [Weight(prefix + "input_layernorm.weight", hidden, 1)]
+    weights = [PlannedWeight(prefix + "input_layernorm.weight", hidden, 1)]
     for name, rows, columns in linears:
         if name == "mlp.linear_fc1":
-            weights.append(Weight(prefix + "pre_mlp_layernorm.weight", hidden, 1))
-        weights.append(Weight(f"{prefix}{name}.weight", rows, columns, quantisable=True))
+            weights.append(PlannedWeight(prefix + "pre_mlp_layernorm.weight", hidden, 1))
+        weights.append(PlannedWeight(f"{prefix}{name}.weight", rows, columns, quantisable=True))
         if name.endswith("linear_qkv"):
-            weights.append(Weight(f"{prefix}{name}.bias", rows, 1))
+            weights.append(PlannedWeight(f"{prefix}{name}.bias", rows, 1))
         if workload.frozen_base and name.rpartition(".")[2] in workload.lora_targets:
             # Column layers replicate A and split B; row layers split A and replicate B: `rows` and `columns` are
             # already this rank's, so both cases read the same.
             rank = workload.lora_rank
-            weights.append(Weight(f"{prefix}{name}.lora_a", rank, columns, adapter=True))
-            weights.append(Weight(f"{prefix}{name}.lora_b", rows, rank, adapter=True))
+            weights.append(PlannedWeight(f"{prefix}{name}.lora_a", rank, columns, adapter=True))
+            weights.append(PlannedWeight(f"{prefix}{name}.lora_b", rows, rank, adapter=True))
     return weights
 
 
-def chunk_weights(workload: Workload, *, stage: int, chunk: int) -> list[Weight]:
+def chunk_weights(workload: Workload, *, stage: int, chunk: int) -> list[PlannedWeight]:
     """The tensors of one model chunk of a pipeline stage, on one tensor-parallel rank."""
     shape, layout = workload.shape, workload.layout
     vocab_rows = padded_vocab_size(shape.vocab_size, layout.vocab_multiple) // layout.tp
@@ -78,17 +78,17 @@ def chunk_weights(workload: Workload, *, stage: int, chunk: int) -> list[Weight]
     weights = []
     if first:
         name = "embedding.word_embeddings.weight"
-        weights.append(Weight(name, vocab_rows, shape.hidden_size, shared_embedding=shared))
+        weights.append(PlannedWeight(name, vocab_rows, shape.hidden_size, shared_embedding=shared))
     for index in range(chunk_layers(layout, shape.num_layers)[stage][chunk]):
         weights += layer_weights(workload, index)
     if last:
-        weights.append(Weight("decoder.final_layernorm.weight", shape.hidden_size, 1))
+        weights.append(PlannedWeight("decoder.final_layernorm.weight", shape.hidden_size, 1))
         if not shape.tie_embeddings or layout.pp > 1:
-            weights.append(Weight("output_layer.weight", vocab_rows, shape.hidden_size, shared_embedding=shared))
+            weights.append(PlannedWeight("output_layer.weight", vocab_rows, shape.hidden_size, shared_embedding=shared))
     return weights
 
 
-def stored_bytes(weight: Weight, workload: Workload) -> int:
+def stored_bytes(weight: PlannedWeight, workload: Workload) -> int:
     """Bytes of the weight as the forward pass reads it: quantised where the mode freezes it so."""
     if weight.quantisable and workload.mode == "fp8-lora":
         blocks = -(-weight.rows // FP8_BLOCK) * -(-weight.columns // FP8_BLOCK)

@@ -65,8 +65,9 @@ class Plan:
     @property
     def peak_flops(self) -> float:
         """The peak that MFU is measured against: the precision's of the layers."""
-        fp8 = self.workload.precision == "fp8" or self.workload.mode == "fp8-lora"
-        return self.hardware.peak_fp8_flops if fp8 and self.hardware.peak_fp8_flops else self.hardware.peak_bf16_flops
+        hardware = self.hardware
+        fp8 = self.workload.fp8_products and hardware.peak_fp8_flops
+        return fp8 or hardware.peak_bf16_flops
 
     def mfu(self, *, causal: bool = True) -> float:
         """Model FLOP utilisation, 0 to 1."""

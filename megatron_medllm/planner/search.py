@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -53,7 +54,9 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Workload]:
                             yield found
 
 
-def _with_layout(workload: Workload, hardware: Hardware, changes: dict, micro_batch_size: int) -> Workload | None:
+def _with_layout(
+    workload: Workload, hardware: Hardware, changes: dict[str, Any], micro_batch_size: int
+) -> Workload | None:
     world = workload.layout.world_size
     gpus = min(world, hardware.gpus_per_node)
     try:

@@ -76,7 +76,7 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
 
 def gemm_flops_rate(workload: Workload, hardware: Hardware) -> float:
     """FLOP/s that the layers' matrix products reach: per-tensor scales under TE, block scales under torch."""
-    if workload.precision == "fp8" or workload.mode == "fp8-lora":
+    if workload.fp8_products:
         if hardware.peak_fp8_flops is None:
             raise UserError(f"{hardware.name} has no FP8 units; use precision bf16, or mode lora or qlora")
         te = workload.backend == "te"
@@ -95,7 +95,7 @@ def elementwise_bytes_per_token(workload: Workload) -> float:
     outside = layout.tp if layout.sp else 1
     swiglu = 3 if workload.backend == "te" else 5
     moved = 10 * hidden * e / outside + (2 * (hidden + kv) + swiglu * workload.ffn_hidden_size) * e / layout.tp
-    if workload.precision == "fp8" or workload.mode == "fp8-lora":
+    if workload.fp8_products:
         inputs = 2 * hidden / outside + (hidden + workload.ffn_hidden_size) / layout.tp
         moved += inputs * (e + 1)
     return moved

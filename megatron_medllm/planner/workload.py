@@ -86,6 +86,11 @@ class Workload:
         return self.mode != "full"
 
     @property
+    def fp8_products(self) -> bool:
+        """Whether the layers' matrix products run in FP8: in full training, or on a frozen FP8 base."""
+        return self.precision == "fp8" or self.mode == "fp8-lora"
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of one activation or unquantised weight."""
         return 4 if self.precision == "fp32" else 2
@@ -93,7 +98,7 @@ class Workload:
     @property
     def ffn_hidden_size(self) -> int:
         """The FFN width as held: padded with zeros where FP8 blocks need it."""
-        if self.precision != "fp8" and self.mode != "fp8-lora":
+        if not self.fp8_products:
             return self.shape.ffn_hidden_size
         multiple = FP8_BLOCK * self.layout.tp
         return -(-self.shape.ffn_hidden_size // multiple) * multiple

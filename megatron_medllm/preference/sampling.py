@@ -42,7 +42,7 @@ def sample(
         title=f"samples of {model_dir.name}",
     )
     candidates = [
-        judge(
+        judge_candidate(
             question,
             mode,
             request,
@@ -55,7 +55,7 @@ def sample(
     return candidates, {"provenance": answers.provenance, "timing": answers.timing}
 
 
-def judge(
+def judge_candidate(
     question: Question,
     mode: Mode,
     request: Request,

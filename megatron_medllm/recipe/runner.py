@@ -128,7 +128,7 @@ def _run_stage(
     return status if not stop.number else stop.status()
 
 
-def _wait(child: subprocess.Popen, progress_path: Path, bars: Progress, bar: TaskID) -> int:
+def _wait(child: subprocess.Popen[bytes], progress_path: Path, bars: Progress, bar: TaskID) -> int:
     """Wait for the child, showing the progress that it writes."""
     while True:
         try:
@@ -148,7 +148,7 @@ class StopSignals:
     def __init__(self, console: Console) -> None:
         self.number = 0  # of the first signal
         self._console = console
-        self._child: subprocess.Popen | None = None
+        self._child: subprocess.Popen[bytes] | None = None
         self._starting = False
 
     def status(self) -> int:
@@ -158,7 +158,7 @@ class StopSignals:
     @contextmanager
     def started(
         self, command: list[str], *, stdout: IO[bytes], environment: dict[str, str]
-    ) -> Iterator[subprocess.Popen]:
+    ) -> Iterator[subprocess.Popen[bytes]]:
         """Start a process; while the block runs, signals are its own."""
         self._starting = True
         try:

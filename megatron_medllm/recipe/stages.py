@@ -85,7 +85,7 @@ class Model:
 SCORE_SETTINGS = (
     *("model", "layout", "tokenizer", "rpo.adapter", "rpo.fp8", "rpo.fp8_recipe"),
     *("rpo.sequence_length", "rpo.micro_batch_size", "rpo.share_prompt", "rpo.template", "rpo.add_eos"),
-    *("rpo.mask_patterns", "rpo.too_long", "rpo.rpo_guard"),
+    *("rpo.mask_patterns", "rpo.too_long", "rpo.filters"),
 )
 
 # Settings of a training that leave its weights as they are: changing one, after a stall perhaps, must not undo it.

@@ -60,7 +60,7 @@ class CptStep:
             )
         runtime.layout.check_stream(self.stream_length)
         tokens = config.train_tokens or int((config.epochs or 0) * blend.train_tokens)
-        self._batch_sizes = _batch_sizes(tokens // config.sequence_length, config, per_round)
+        self._batch_sizes = batch_sizes(tokens // config.sequence_length, config, per_round)
         if not self._batch_sizes:
             raise UserError(f"{tokens} tokens do not fill one batch of {config.global_batch_size} rows")
         self._starts = [0]
@@ -87,10 +87,10 @@ class CptStep:
             write_json(output_dir / "account.json", held_out.to_json())
             for line in held_out.losses():
                 log.warning("validation: %s", line)
-        sources = list(zip(blend.names, blend.weights, strict=True))
+        shares = list(zip(blend.names, blend.weights, strict=True))
         # What decides which rows a step reads: a run that differs in it must not go on from this one's checkpoints.
         self.rows_digest = digest_value(
-            [run.seed, config.sequence_length, sources, blend.tokens, blend.digest, self._batch_sizes]
+            [run.seed, config.sequence_length, shares, blend.tokens, blend.digest, self._batch_sizes]
         )
 
     @property
@@ -184,7 +184,7 @@ def _multiple_of_micro_batches(runtime: Runtime) -> int:
     return runtime.layout.pp if runtime.layout.vpp > 1 else 1
 
 
-def _batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
+def batch_sizes(rows: int, config: CptConfig, per_round: int) -> list[int]:
     """Rows of every step: a linear ramp in whole rounds, then the full batch, as long as rows last."""
     sizes: list[int] = []
     used = 0

@@ -25,7 +25,7 @@ def start_ranks_if_needed(layout: LayoutConfig) -> None:
     """
     processes = needed(layout)
     if processes:
-        sys.exit(run_ranks(sys.argv[1:], processes=processes))
+        sys.exit(run_local_ranks(sys.argv[1:], processes=processes))
 
 
 def needed(layout: LayoutConfig) -> int:
@@ -43,7 +43,7 @@ def needed(layout: LayoutConfig) -> int:
     return layout.world_size
 
 
-def run_ranks(arguments: list[str], *, processes: int) -> int:
+def run_local_ranks(arguments: list[str], *, processes: int) -> int:
     """Run `medllm ARGUMENTS` as that many ranks; signals are passed on to them.
 
     Returns:
@@ -65,10 +65,10 @@ def run_ranks(arguments: list[str], *, processes: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, pass_on)
-    return _wait(ranks)
+    return wait_for_ranks(ranks)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def wait_for_ranks(ranks: list[subprocess.Popen]) -> int:
     """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout."""
     status, deadline = 0, math.inf
     waiting = list(ranks)

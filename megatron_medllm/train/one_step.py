@@ -94,6 +94,6 @@ def forward_backward(
         the loss functions' metrics, one a micro-batch; empty on all but the last pipeline stage.
     """
     for chunk in chunks:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
+        chunk.zero_grad_buffer()  # type: ignore[operator]  # of Megatron's wrapper, an nn.Module by type
     optimizer.zero_grad()
     return mcore.run_micro_batches(forward_step, chunks, micro_batches, stream_length=stream_length)

@@ -72,7 +72,7 @@ class RpoStep:
         if config.loss.needs_reference:
             cache = ReferenceCache(config.reference or run.run_dir / "reference")
             self._reference = cache.load(reference_key(run, config, pair_set), self._rows)
-        self._chosen_rewards: deque[float] = deque(maxlen=config.rpo_guard.chosen_fall_steps)
+        self._chosen_rewards: deque[float] = deque(maxlen=config.guard.chosen_fall_steps)
 
     @property
     def stream_length(self) -> int:
@@ -141,17 +141,17 @@ class RpoStep:
         }
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
-        guard = self._config.rpo_guard
+        guard = self._config.guard
         if step == 0 and self._reference and not self._starts_with_noise():
-            self._check_start(metrics)
+            self.check_start(metrics)
         if abs(metrics["margin"]) > guard.max_margin:
             raise UserError(
-                f"rpo: the mean margin is {metrics['margin']:.4g}, beyond rpo_guard.max_margin={guard.max_margin:g}; "
+                f"rpo: the mean margin is {metrics['margin']:.4g}, beyond guard.max_margin={guard.max_margin:g}; "
                 "lower the learning rate or raise beta"
             )
         if metrics["grad_norm"] > guard.max_grad_norm:
             raise UserError(
-                f"rpo: the gradient norm is {metrics['grad_norm']:.4g}, beyond rpo_guard.max_grad_norm="
+                f"rpo: the gradient norm is {metrics['grad_norm']:.4g}, beyond guard.max_grad_norm="
                 f"{guard.max_grad_norm:g}; lower the learning rate, or look at step {step + 1}'s pairs in the ledger"
             )
         if self._reference:
@@ -178,7 +178,7 @@ class RpoStep:
         adapter = self._config.adapter
         return adapter is not None and adapter.path is not None and adapter.dropout > 0
 
-    def _check_start(self, metrics: dict[str, float]) -> None:
+    def check_start(self, metrics: dict[str, float]) -> None:
         """Before the first update the policy is the reference: any margin means that one of them is wrong."""
         dtype = self._run.model.dtype
         per_token = _ZERO_MARGIN_FP8 if self._quantized else _ZERO_MARGIN[dtype]
@@ -211,7 +211,7 @@ def _report_pairs(pair_set: PairSet, path: Path) -> None:
     if report["near_identical"]:
         log.warning(
             "%d pairs have nearly identical answers, where likelihood displacement is worst (arXiv 2410.08847): "
-            "see %s; rpo_guard.min_edit_distance drops them",
+            "see %s; rpo.filters.min_edit_distance drops them",
             report["near_identical"],
             path,
         )

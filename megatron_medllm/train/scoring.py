@@ -25,7 +25,7 @@ from megatron_medllm.train.response_sums import sum_by_response
 
 log = logging.getLogger(__name__)
 
-_PAIRS_PER_PART = 1024
+PAIRS_PER_PART = 1024
 
 
 def shares_prompt(run: RunConfig, config: RpoConfig) -> bool:
@@ -106,7 +106,7 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
     if ranks.is_main:
         done = [cache.open_for_writing(key)]
     dist.broadcast_object_list(done, src=0)
-    parts = [pair_set.pairs[i : i + _PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), _PAIRS_PER_PART)]
+    parts = [pair_set.pairs[i : i + PAIRS_PER_PART] for i in range(0, len(pair_set.pairs), PAIRS_PER_PART)]
     with progress("score", total=len(pair_set.pairs)) as bar:
         for number, part in enumerate(parts):
             if any(pair.row not in done[0] for pair in part):
@@ -114,7 +114,7 @@ def score_run_pairs(run: RunConfig, config: RpoConfig, ranks: runtime.Runtime) -
                 columns = score_streams(streams, [pair.row for pair in part], run, config, ranks, chunks)
                 if ranks.is_main:
                     cache.write_part(number, columns)
-            bar.update(min((number + 1) * _PAIRS_PER_PART, len(pair_set.pairs)))
+            bar.update(min((number + 1) * PAIRS_PER_PART, len(pair_set.pairs)))
     log.info("scored %d pairs, dropped %d", len(pair_set.pairs), len(pair_set.dropped))
     return cache.directory
 

@@ -73,8 +73,8 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
     if isinstance(config, RpoConfig):
         step = RpoStep(run, config, runtime)
     else:
-        step = CptStep(run, config, runtime, output_dir=output_dir)
-        identity["rows"] = step.rows_digest
+        step = cpt = CptStep(run, config, runtime, output_dir=output_dir)
+        identity["rows"] = cpt.rows_digest
     identity["total_steps"] = step.total_steps
     chunks = build_chunks(run, runtime, adapter=adapter, fp8=config.fp8_gemms)
     mcore_config = unwrap(chunks[0]).config

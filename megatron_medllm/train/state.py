@@ -88,7 +88,7 @@ class Checkpoints:
         name = f"step-{step:08d}"
         save = _Save(step, self.directory / f".partial-{name}", self.directory / name, time.monotonic())
         state = mcore.sharded_state(chunks, optimizer, is_loading=False)
-        problem = self._make_room(save, mcore.stored_bytes(state))
+        problem = self._make_room(save, mcore.written_bytes(state))
         if problem is None:
             try:
                 self._writers.start(state, save.partial, wait=wait or not self._config.async_save)
@@ -206,7 +206,9 @@ class Checkpoints:
         for step in steps[0]:
             path = self.directory / f"step-{step:08d}"
             problems: list[str | None] = [None] * self._runtime.world_size
-            dist.all_gather_object(problems, verify(path, part=self._runtime.rank, parts=self._runtime.world_size))
+            dist.all_gather_object(
+                problems, verify_checkpoint(path, part=self._runtime.rank, parts=self._runtime.world_size)
+            )
             problem = next((text for text in problems if text is not None), None)
             if problem is None:
                 return path
@@ -242,7 +244,7 @@ def _digests(directory: Path, *, known: dict[str, str]) -> dict[str, str]:
     return {name: known.get(name) or digest_file(directory / name) for name in _files(directory)}
 
 
-def verify(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
+def verify_checkpoint(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, or with every `parts`-th of them; None when all match their digests."""
     if not (path / _DIGESTS).is_file():
         return f"{_DIGESTS} is missing"

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 class Step(Protocol):
     """One training algorithm: which data a step consumes, what the model returns for it, and the loss."""
 
-    total_steps: int
-    unit: str  # what the batch counts: "rows" or "pairs"
-    end_token_id: int | None  # what ends a document in the training data, where they say so
-    metric_names: tuple[str, ...]  # sums that the loss functions return; "count" is the divisor
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def unit(self) -> str:
+        """What the batch counts: "rows" or "pairs"."""
+
+    @property
+    def end_token_id(self) -> int | None:
+        """What ends a document in the training data, where they say so."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Sums that the loss functions return; "count" is the divisor."""
 
     @property
     def stream_length(self) -> int:

@@ -63,7 +63,7 @@ class Throughput:
     def __init__(self, run: RunConfig, runtime: Runtime) -> None:
         self._world_size, self._device = runtime.world_size, runtime.device
         self._workload = workload_of(run)
-        hardware = known_hardware(runtime.device)
+        hardware = hardware_of_device(runtime.device)
         self._peak_flops = None if hardware is None else peak_flops(self._workload, hardware)
 
     def of(self, metrics: dict[str, float], clock: StepClock) -> dict[str, float]:
@@ -96,7 +96,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def known_hardware(device: torch.device) -> str | None:
+def hardware_of_device(device: torch.device) -> str | None:
     """The planner's name of a device; None where it knows none."""
     return _DEVICES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -108,5 +108,4 @@ def peak_flops(workload: Workload, hardware: str) -> float:
         UserError: the planner has no such hardware.
     """
     machine = load_hardware(hardware)
-    fp8 = workload.precision == "fp8" or workload.mode == "fp8-lora"
-    return machine.peak_fp8_flops if fp8 and machine.peak_fp8_flops else machine.peak_bf16_flops
+    return machine.peak_fp8_flops if workload.fp8_products and machine.peak_fp8_flops else machine.peak_bf16_flops

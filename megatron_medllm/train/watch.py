@@ -280,7 +280,7 @@ def flight_record(device: torch.device) -> bytes:
 
     TORCH_FR_BUFFER_SIZE says how many; slurm/env.sh sets it.
     """
-    c10d = torch._C._distributed_c10d
+    c10d = torch._C._distributed_c10d  # whose stubs leave both dumps out
     if device.type == "cuda":
         return c10d._dump_nccl_trace()  # type: ignore[attr-defined]
     return c10d._dump_fr_trace()  # type: ignore[attr-defined]

@@ -20,18 +20,11 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.reduce import sum_metrics
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
+from tests.worlds.shapes import tiny_shape
 
 # Widths are multiples of 128 on each of two ranks, so that FP8 and NF4 blocks are the same in every layout.
-SHAPE = ModelShape(
-    num_layers=4,
-    hidden_size=256,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=256,
-    vocab_size=128,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(hidden_size=256, ffn_hidden_size=256, vocab_size=128)
 STREAM = 32
 MICRO_BATCHES = 4
 

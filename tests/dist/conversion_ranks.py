@@ -21,8 +21,8 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.models.qwen25 import build_model
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
-from tests.dist.launch import next_rendezvous
-from tests.unit.checkpoint.twins import assert_same_tensors, read_tensors
+from tests.worlds.ranks import next_rendezvous
+from tests.worlds.model_dir import assert_same_tensors, read_tensors
 
 CASES = (
     (LayoutConfig(tp=4), "untied"),  # more ranks than KV groups

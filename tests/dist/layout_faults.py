@@ -33,7 +33,7 @@ def qkv_order():
 
     def whole(weight: Any, shape: Any) -> list:
         axis = weight.axis or 0
-        return [names.Piece(hf, 0, names.hf_shape(hf, shape)[axis]) for hf in weight.hf]
+        return [names.HFSlice(hf, 0, names.hf_shape(hf, shape)[axis]) for hf in weight.hf]
 
     return patch.object(names, "_qkv_block", whole)
 

@@ -14,18 +14,11 @@ from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.reduce import sum_metrics
 from tests.dist.adapter_ranks import STREAM, forward, micro_batches
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
+from tests.worlds.shapes import tiny_shape
 
 FFN = 320  # on two ranks padded to 512: the second rank's slice is a quarter model, three quarters zeros
-SHAPE = ModelShape(
-    num_layers=3,
-    hidden_size=256,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=FFN,
-    vocab_size=128,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=3, hidden_size=256, ffn_hidden_size=FFN, vocab_size=128)
 
 
 def train(job: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.train import loop
 from megatron_medllm.train.scoring import score
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
 
 
 def leave_stale(_: Any) -> None:

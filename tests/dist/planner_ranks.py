@@ -12,7 +12,7 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
 
 
 def held_bytes(case: dict[str, Any]) -> dict[str, int]:

@@ -19,18 +19,11 @@ from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.planner.host_memory import saved_share_bytes
 from megatron_medllm.planner.workload import Workload
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
+from tests.worlds.shapes import ODD_SHAPE
 
 # Odd widths: a data-parallel rank's range of a parameter starts and ends inside a row.
-SHAPE = ModelShape(
-    num_layers=4,
-    hidden_size=72,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=100,
-    vocab_size=300,
-    tie_embeddings=True,
-)
+SHAPE = ModelShape.model_validate(ODD_SHAPE | {"tie_embeddings": True})
 
 
 def built(layout: LayoutConfig, *, dtype: str = "bfloat16", timeout_s: float = 60) -> tuple[Any, list[Any], Any]:
@@ -118,12 +111,12 @@ def failures(directory: Path) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a write beyond fails, as on a full disk
-        begin = time.monotonic()
-        found.append([failure(chunks, optimizer, directory / f"full-{wait}", wait=wait), time.monotonic() - begin])
+        # A rank left waiting in a collective would fail with the group's timeout, which is no SaveError.
+        found.append(failure(chunks, optimizer, directory / f"full-{wait}", wait=wait))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         blocked = directory / f"blocked-{wait}"
         (blocked / ".metadata").mkdir(parents=True, exist_ok=True)
-        found.append([failure(chunks, optimizer, blocked, wait=wait), 0.0])
+        found.append(failure(chunks, optimizer, blocked, wait=wait))
         save(chunks, optimizer, directory / f"after-{wait}", wait=wait).finished(block=True)
         runtime.stop()
     (directory / f"failures-{ranks.rank}.json").write_text(json.dumps(found))
@@ -146,13 +139,13 @@ def slow_disk(directory: Path) -> None:
     groups = list(dist.distributed_c10d._world.pg_map)
     timeouts = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
     assert len(groups) > 5 and timeouts == {timeout_s}, timeouts
-    write = state_writer._write
+    write = state_writer.write_pieces
 
     def slowly(*arguments: Any, **settings: Any) -> Any:
         time.sleep(2.5 * timeout_s if ranks.rank == 1 else 0)
         return write(*arguments, **settings)
 
-    state_writer._write = slowly
+    state_writer.write_pieces = slowly
     save(chunks, optimizer, directory / "slow")
     runtime.stop()
 

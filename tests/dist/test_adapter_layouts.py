@@ -12,7 +12,7 @@ from megatron_medllm.checkpoint.peft_adapter import export_peft
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.models.adapters import LINEARS
 from tests.dist.adapter_ranks import SHAPE
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 LORA = {"rank": 4, "alpha": 8.0}
 # B is random, so that A has a gradient too; one step.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import REPOSITORY, run_config, write_recipe
+from tests.worlds.run import REPOSITORY, run_config, write_recipe
 
 from megatron_medllm.certify.certificate import certificate_report
 from megatron_medllm.certify.run import certify, prove

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_run import run_config
+from tests.worlds.run import run_config
 
 from megatron_medllm.certify.certificate import Certificate, certificate_report
 from megatron_medllm.certify.run import prove

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import cpt_settings, metrics, run_config, write_recipe
+from tests.worlds.run import cpt_settings, metrics, run_config, write_recipe
 
 from megatron_medllm.train.loop import train
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 STEPS = {"train_tokens": 10 * 8 * 64, "checkpoint": {"every_steps": 5, "keep": 10}}
 TWO_RANKS = {"cp2": {"cp": 2}}

@@ -13,18 +13,11 @@ from transformers import AutoModelForCausalLM
 from megatron_medllm.checkpoint.convert import import_hf
 from megatron_medllm.config.model import ModelShape
 from tests.dist.conversion_ranks import CASES
-from tests.dist.launch import run_ranks
-from tests.unit.checkpoint.twins import write_twin
+from tests.worlds.ranks import run_ranks
+from tests.worlds.model_dir import write_twin
+from tests.worlds.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=4,
-    hidden_size=32,
-    num_attention_heads=8,
-    num_query_groups=2,
-    ffn_hidden_size=48,
-    vocab_size=307,  # padded to 384, 512 and more
-    tie_embeddings=False,
-)
+SHAPE = tiny_shape(num_attention_heads=8, ffn_hidden_size=48, vocab_size=307, tie_embeddings=False)  # padded to 384, 512 and more
 
 
 @pytest.mark.timeout(500)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_medllm.train.reference import digest_weights
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 
 def test_every_file_is_read_by_one_rank(tmp_path: Path):

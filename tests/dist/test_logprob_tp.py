@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_medllm.kernels.logprob import fused_linear_logprob
-from tests.unit.kernels.head_cases import HeadCase, make_case, relative_error
+from tests.worlds.head import HeadCase, make_case, relative_error
 
 WORLD = 4
 # name -> shard borders of a vocabulary of 208 rows, 203 of them real
@@ -69,8 +69,6 @@ def check_case(
         tp_group=group,
         vocab_start=start,
         valid_vocab=case.valid,
-        temperature=case.temperature,
-        softcap=case.softcap,
         chunk_tokens=16,
         uniform_grad=2 * upstream if mode == "uniform" else None,
     )
@@ -105,7 +103,6 @@ def run_rank(rank: int, rendezvous: str) -> None:
             for mode in ("general", "frozen", "uniform"):
                 for settings in (
                     {},
-                    {"temperature": 0.7, "softcap": 3.0},
                     {"ignored": "all"},
                     {"dtype": torch.bfloat16, "hidden": 64},
                 ):

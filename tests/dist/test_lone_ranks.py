@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_run import run_medllm
+from tests.worlds.run import run_medllm
 
-from tests.dist.launch import run_ranks
-from tests.dist.test_planner_bytes import SHAPE
+from tests.worlds.ranks import run_ranks
+from tests.worlds.shapes import ODD_SHAPE
 
 LAYOUT = {"tp": 2, "pp": 2, "dp": 2}
 HELD = ("weights", "gradients", "main weights", "optimizer moments")
@@ -20,7 +20,7 @@ def write_recipe(directory: Path) -> Path:
     settings = {
         "run_dir": str(directory / "run"),
         "stage": "cpt",
-        "model": {"shape": SHAPE, "dtype": "bfloat16"},
+        "model": {"shape": ODD_SHAPE, "dtype": "bfloat16"},
         "layout": LAYOUT,
         "tokenizer": str(directory / "no-tokenizer"),
         "cpt": {
@@ -48,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_a_lone_rank_holds_what_it_holds_among_the_others(alone: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    case = {"layout": LAYOUT, "shape": SHAPE, "dtype": "bfloat16", "lora_rank": 0}
+    case = {"layout": LAYOUT, "shape": ODD_SHAPE, "dtype": "bfloat16", "lora_rank": 0}
     (tmp_path / "cases.json").write_text(json.dumps([case]))
     arguments = (str(tmp_path / "cases.json"), str(tmp_path / "out"))
     run_ranks(8, "tests.dist.planner_ranks", *arguments, timeout_s=500)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 TP, SP, DP = {"tp": 2}, {"tp": 2, "sp": True}, {"dp": 2}
 JOBS = {

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from tiny_pairs import random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import SHAPE, cpt_settings, medllm, metrics, run_medllm, write_recipe
+from tests.worlds.pairs import random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.shapes import SHAPE
+from tests.worlds.run import cpt_settings, medllm, metrics, run_medllm, write_recipe
 
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 OFF = {"overlap_grad_reduce": "off", "overlap_param_gather": "off"}
 ON = {"overlap_grad_reduce": "on", "overlap_param_gather": "on"}

@@ -9,30 +9,22 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.planner.memory import optimizer_bytes, weight_bytes
 from megatron_medllm.planner.workload import Workload
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
+from tests.worlds.shapes import ODD_SHAPE
 
 # Odd widths, so that the buffers' padding shows.
-SHAPE = {
-    "num_layers": 4,
-    "hidden_size": 72,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "ffn_hidden_size": 100,
-    "vocab_size": 300,
-    "tie_embeddings": False,
-}
 CASES: list[dict[str, Any]] = [
-    {"layout": {"tp": 2, "pp": 2}, "shape": SHAPE, "dtype": "bfloat16", "lora_rank": 0},
+    {"layout": {"tp": 2, "pp": 2}, "shape": ODD_SHAPE, "dtype": "bfloat16", "lora_rank": 0},
     {
         "layout": {"pp": 2, "vpp": 2, "dp": 2},
-        "shape": SHAPE | {"tie_embeddings": True},
+        "shape": ODD_SHAPE | {"tie_embeddings": True},
         "dtype": "float32",
         "lora_rank": 0,
     },
-    {"layout": {"tp": 2, "dp": 2, "sp": True}, "shape": SHAPE, "dtype": "bfloat16", "lora_rank": 3},
+    {"layout": {"tp": 2, "dp": 2, "sp": True}, "shape": ODD_SHAPE, "dtype": "bfloat16", "lora_rank": 3},
     {
         "layout": {"pp": 2, "dp": 2, "distributed_optimizer": False},
-        "shape": SHAPE,
+        "shape": ODD_SHAPE,
         "dtype": "bfloat16",
         "lora_rank": 0,
     },

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from tiny_pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import metrics, run_config
+from tests.worlds.pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.run import metrics, run_config
 
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.scoring import score
-from tests.dist.launch import run_ranks
-from tests.dist.rpo_ranks import first_step
+from tests.worlds.ranks import run_ranks
+from tests.worlds.first_step import first_step
 
 # Without the distributed optimizer every replica holds the whole gradient.
 LAYOUTS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.storage import digest_file
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,9 @@ def test_a_rank_that_cannot_write_tells_the_others(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"failures-{rank}.json").read_text()) for rank in range(2)]
     for found in ranks:
         for full, blocked in (found[:2], found[2:]):
-            assert full[0].startswith("rank 1 on ") and full[0].endswith("__1_0.distcp: File too large")
-            assert full[1] < 30  # the groups wait 60 s
-            assert blocked[0].startswith("rank 0 on ") and ".metadata" in blocked[0]
-    assert [row[0] for row in ranks[0]] == [row[0] for row in ranks[1]]
+            assert full.startswith("rank 1 on ") and full.endswith("__1_0.distcp: File too large")
+            assert blocked.startswith("rank 0 on ") and ".metadata" in blocked
+    assert ranks[0] == ranks[1]
 
 
 def test_a_slow_disk_outlasts_no_timeout(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_medllm.config.run import load
 from megatron_medllm.train.loop import train
-from tests.dist.launch import next_rendezvous
+from tests.worlds.ranks import next_rendezvous
 
 if __name__ == "__main__":
     for recipe in sys.argv[1:]:

@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-from tiny_run import cpt_settings, metrics, run_config
 from torch._dynamo.utils import counters
 
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.models.config import compiles_swiglu
 from megatron_medllm.train.loop import train
+from tests.worlds.run import cpt_settings, metrics, run_config
 
 
 def test_auto_compiles_on_cuda_only():

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_pairs import write_model
-from tiny_run import run_config
 from torch import Tensor
 
 from megatron_medllm.bench.synthetic import write_documents
@@ -22,7 +20,9 @@ from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.corpus.index import read_index
 from megatron_medllm.parallel import runtime
-from tests.dist.rpo_ranks import first_step
+from tests.worlds.first_step import first_step
+from tests.worlds.pairs import write_model
+from tests.worlds.run import run_config
 
 ROWS, LENGTH, WORDS = 8, 64, 96
 Z_LOSS = 1e-2

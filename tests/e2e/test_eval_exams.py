@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from exam_world import write_tiny_model
 
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, MaxNewTokens, PromptConfig
 from megatron_medllm.config.pairs import FilterConfig, PairsConfig, SamplingConfig
@@ -16,6 +15,7 @@ from megatron_medllm.evaluation.run import ANSWER_LOG, run_exam
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.preference.pairs import build_pairs
 from megatron_medllm.storage import digest_file, read_jsonl
+from tests.worlds.model_dir import write_tiny_model
 
 CHILD = """
 import sys

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megatron_medllm.cli.app import app
 from megatron_medllm.shipped import shipped
 from megatron_medllm.storage import read_json
-from tests.example_inputs import write_example_inputs
+from tests.worlds.example_inputs import write_example_inputs
 
 RECIPES = sorted(shipped("examples").glob("*.yaml"))
 # The invented world of examples/laptop.yaml, made small.

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from tiny_run import cpt_settings, metrics, run_config
-
 from megatron_medllm.bench.harness import BenchSettings
 from megatron_medllm.bench.throughput import measure
 from megatron_medllm.train.loop import train
+from tests.worlds.run import cpt_settings, metrics, run_config
 
 
 def test_a_benchmark_trains_as_the_loop_does(tiny_world: Path, tmp_path: Path):

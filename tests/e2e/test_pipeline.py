@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import SHAPE, cpt_settings, medllm, run_medllm, small_recipe, write_recipe
+
+from tests.worlds.run import cpt_settings, medllm, run_medllm, small_recipe, write_recipe
+from tests.worlds.shapes import SHAPE
 
 
 def stages(run_dir: Path) -> dict[str, tuple[str, float]]:
@@ -47,10 +49,9 @@ def test_the_run_ends_in_a_table_a_report_and_a_model(finished):
 def test_again_it_skips_everything(finished):
     path, run_dir, _ = finished
     before = stages(run_dir)
-    started = time.monotonic()
     status, output = run_medllm("pipeline", path)
-    assert status == 0 and time.monotonic() - started < 20
-    assert stages(run_dir) == before
+    assert status == 0
+    assert stages(run_dir) == before  # with the times at which they finished: no stage ran
     assert output.count("done before") == len(before)
 
 

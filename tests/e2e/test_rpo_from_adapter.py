@@ -8,14 +8,14 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pairs import random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import metrics, run_config
 
 from megatron_medllm.checkpoint.peft_adapter import export_peft
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json, write_json
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.scoring import score
+from tests.worlds.pairs import random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.run import metrics, run_config
 
 
 @pytest.fixture(scope="module")

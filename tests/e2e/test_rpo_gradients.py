@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_pairs import random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import run_config
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -22,7 +20,9 @@ from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.names import weight_of_parameter
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.train.scoring import score
-from tests.dist.rpo_ranks import first_step
+from tests.worlds.first_step import first_step
+from tests.worlds.pairs import random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.run import run_config
 
 BETA, ALPHA = 0.3, 0.7
 PAIRS = [pair | {"weight": [0.5, 1.0, 2.0][i % 3]} for i, pair in enumerate(random_pairs(19, seed=4))]

@@ -6,13 +6,13 @@ import time
 from collections import Counter
 
 import pytest
-from tiny_run import cpt_settings, medllm, metrics, run_config, run_medllm, write_recipe
 
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.state import verify
-from tests.dist.launch import run_ranks
+from tests.worlds.ranks import run_ranks
+from tests.worlds.run import cpt_settings, medllm, metrics, run_config, run_medllm, write_recipe
 
 
 @pytest.fixture(scope="module")

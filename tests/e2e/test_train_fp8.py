@@ -2,10 +2,11 @@
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import SHAPE, cpt_settings, metrics, run_config
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
+from tests.worlds.run import cpt_settings, metrics, run_config
+from tests.worlds.shapes import SHAPE
 
 MODEL = {"shape": SHAPE | {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 200}, "dtype": "bfloat16"}
 

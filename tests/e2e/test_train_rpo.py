@@ -13,8 +13,6 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import medllm, metrics, run_config, run_medllm, write_recipe
 
 from megatron_medllm.data.reference import ReferenceCache, ReferenceKey
 from megatron_medllm.errors import UserError
@@ -22,6 +20,8 @@ from megatron_medllm.storage import read_json
 from megatron_medllm.train import scoring
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.scoring import score
+from tests.worlds.pairs import WORDS, random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.run import medllm, metrics, run_config, run_medllm, write_recipe
 
 ALPHA = 0.7
 OPTIMIZER = {"lr": 1e-3, "warmup_ratio": 0.0, "schedule": "constant", "weight_decay": 0.1, "betas": [0.9, 0.95]}
@@ -208,7 +208,7 @@ def test_another_input_is_refused_and_named(model, scored, tmp_path):
 
 
 def test_scoring_goes_on_where_it_was_interrupted(model, scored, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_PAIRS_PER_PART", 12)
+    monkeypatch.setattr(scoring, "PAIRS_PER_PART", 12)
     write_part, written = ReferenceCache.write_part, []
 
     def until_the_third(self, number, columns):
@@ -283,7 +283,7 @@ def test_dpo_lowers_the_chosen_logprob_where_rpo_raises_it(tmp_path):
             rpo_settings(
                 tmp_path / "sft" / "rpo" / "hf", tmp_path / "pairs.jsonl", run_dir, epochs=10, global_batch_size=16,
                 micro_batch_size=8, reference=str(tmp_path / "reference"), loss={"alpha": alpha},
-                optimizer={"lr": 3e-3, **constant}, rpo_guard={"chosen_fall_steps": 6},
+                optimizer={"lr": 3e-3, **constant}, guard={"chosen_fall_steps": 6},
             )
         )  # fmt: skip
         if alpha == 0.0:
@@ -301,8 +301,8 @@ def test_a_run_that_blows_up_is_stopped(model, scored, tmp_path):
         with pytest.raises(UserError, match=message):
             train(run_config(settings(model, scored, tmp_path / message[:8], **rpo)))
 
-    stopped("gradient norm is .* beyond rpo_guard.max_grad_norm=0.1", rpo_guard={"max_grad_norm": 0.1})
-    stopped("mean margin is .* beyond rpo_guard.max_margin=1e-05", rpo_guard={"max_margin": 1e-5})
+    stopped("gradient norm is .* beyond guard.max_grad_norm=0.1", guard={"max_grad_norm": 0.1})
+    stopped("mean margin is .* beyond guard.max_margin=1e-05", guard={"max_margin": 1e-5})
 
 
 def test_a_wrong_reference_is_noticed_at_the_first_step(model, scored, tmp_path):

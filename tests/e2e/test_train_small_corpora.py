@@ -8,7 +8,7 @@ from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.build import build
 from megatron_medllm.corpus.index import read_index
 from megatron_medllm.storage import read_json
-from tests.tiny_run import cpt_settings, run_medllm, write_recipe
+from tests.worlds.run import cpt_settings, run_medllm, write_recipe
 
 
 def build_corpus(world: Path, folder: Path, *, documents: int, repeats: int) -> None:

@@ -13,7 +13,6 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import REPOSITORY, cpt_settings, metrics, run_config, write_recipe
 
 from megatron_medllm.bench.synthetic import write_documents
 from megatron_medllm.checkpoint.convert import export_checkpoint
@@ -23,6 +22,7 @@ from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
 from megatron_medllm.train.state import verify
+from tests.worlds.run import REPOSITORY, cpt_settings, metrics, run_config, write_recipe
 
 OVERLAPS = {"overlap_grad_reduce": "on", "overlap_param_gather": "on"}
 

@@ -10,17 +10,11 @@ from safetensors.torch import save_file
 
 from megatron_medllm.checkpoint.names import hf_shape, hf_shapes
 from megatron_medllm.checkpoint.peft_adapter import Adapter, adapted_weights, read_peft
-from megatron_medllm.config.model import ModelShape
 from tests.fuzz.surface import fuzz, right_or_one_line
+from tests.worlds.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=8,
-    num_attention_heads=2,
-    num_query_groups=1,
-    ffn_hidden_size=12,
-    vocab_size=16,
-    tie_embeddings=True,
+SHAPE = tiny_shape(
+    num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1, ffn_hidden_size=12, vocab_size=16
 )
 MODULES = [name.removesuffix(".weight") for name in hf_shapes(SHAPE) if name.endswith("_proj.weight")]
 JSON = st.recursive(

@@ -12,29 +12,14 @@ from megatron_medllm.config.cluster import parse_slurm_time
 from megatron_medllm.config.model import SIZES, ModelShape, shape_from_hf_config
 from megatron_medllm.config.run import RunConfig, load
 from tests.fuzz.surface import fuzz, right_or_one_line
+from tests.worlds.model_dir import config_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-QWEN: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "num_hidden_layers": 28,
-    "hidden_size": 3584,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 32768,
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "torch_dtype": "bfloat16",
-}
+QWEN: dict[str, Any] = config_json(SIZES["7b"]) | {"use_sliding_window": False}
 ROPE = st.dictionaries(
     st.sampled_from(["rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "full_attention"]),
     JSON | st.sampled_from(["default", "linear", "yarn", "dynamic", 1e6, 5e5, 1.0, {"rope_theta": 1e6}]),
@@ -144,7 +129,9 @@ VALUES = JSON | st.sampled_from(
 def set_at(recipe: Any, path: tuple[Any, ...], value: Any) -> None:
     """Change one place, where it is still there."""
     for key in path[:-1]:
-        if not isinstance(recipe, dict | list) or (isinstance(recipe, list) and key >= len(recipe)):
+        if not isinstance(recipe, dict | list) or (
+            isinstance(recipe, list) and not (isinstance(key, int) and key < len(recipe))
+        ):
             return
         recipe = recipe[key] if isinstance(recipe, list) else recipe.get(key)
     if isinstance(recipe, dict):

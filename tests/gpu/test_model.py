@@ -7,28 +7,21 @@ import pytest
 import torch
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
-from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
+from megatron_medllm.config.model import ModelConfig
+from megatron_medllm.models.attention import flash_varlen, padded_sdpa
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.context import ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
-from tests.unit.kernels.head_cases import relative_error
-from tests.unit.models.tiny import documents, positions_of
+from tests.worlds.head import relative_error
+from tests.worlds.model import documents, positions_of
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SEGMENTS = (Segment(0, 50), Segment(50, 250), Segment(250, 300, 50, 250), Segment(300, 420, 50, 250), Segment(420, 421))
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=256,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=320,
-    vocab_size=512,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=256, ffn_hidden_size=320, vocab_size=512)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -39,7 +32,7 @@ def test_flash_attention_equals_sdpa_on_shared_prompts(kv_heads: int):
     upstream = torch.randn(421, 8, 128, generator=generator).cuda()
     upstream[300:420] = 0  # of the second answer: its own keys must get no gradient, the prompt's must
     results = []
-    for attend, dtype in ((_flash_varlen, torch.bfloat16), (_padded_sdpa, torch.float32)):
+    for attend, dtype in ((flash_varlen, torch.bfloat16), (padded_sdpa, torch.float32)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out = attend(*leaves, packed, 1 / math.sqrt(128))
         out.backward(upstream.to(dtype))
@@ -63,8 +56,8 @@ def test_flash_attention_of_a_context_rank_is_that_of_the_whole_stream(rank: int
     upstream[own] = torch.randn(len(own), 8, 128, generator=generator).cuda()
     results = []
     for attend, dtype, packed, rows in (
-        (_flash_varlen, torch.bfloat16, part, own),
-        (_padded_sdpa, torch.float32, whole, torch.arange(424).cuda()),
+        (flash_varlen, torch.bfloat16, part, own),
+        (padded_sdpa, torch.float32, whole, torch.arange(424).cuda()),
     ):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (query, both)]
         out = attend(leaves[0][rows], *leaves[1].chunk(2, dim=1), packed, 1 / math.sqrt(128))

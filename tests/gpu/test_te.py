@@ -5,27 +5,20 @@ import torch
 from torch import Tensor
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.models.initialize import initialize_weights
 from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences
-from tests.unit.kernels.head_cases import relative_error
-from tests.unit.models.tiny import documents, positions_of
+from tests.worlds.head import relative_error
+from tests.worlds.model import documents, positions_of
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=512,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=768,
-    vocab_size=512,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=512, ffn_hidden_size=768, vocab_size=512)
 
 
 def run(backend: str, device: torch.device, *, fp8: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:

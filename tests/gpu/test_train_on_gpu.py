@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pairs import random_pairs, rpo_settings, write_model, write_pairs
-from tiny_run import SHAPE, cpt_settings, metrics, run_medllm, write_recipe
+
+from tests.worlds.pairs import random_pairs, rpo_settings, write_model, write_pairs
+from tests.worlds.run import cpt_settings, metrics, run_medllm, write_recipe
+from tests.worlds.shapes import SHAPE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_slurm import LOCAL_SLURM, PATIENCE_S, ROOT, LocalSlurm
+
+from tests.slurm.local_slurm import LOCAL_SLURM, PATIENCE_S, ROOT, LocalSlurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,9 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from local_slurm import LOCAL_SLURM, PATIENCE_S, LocalSlurm, output
-
 from megatron_medllm.launch.jobs import StageJob
+from tests.slurm.local_slurm import LOCAL_SLURM, PATIENCE_S, LocalSlurm, output
 
 
 def lives(pid: int) -> bool:

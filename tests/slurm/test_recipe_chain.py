@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import yaml
-from local_slurm import LocalSlurm, ended, starts
-from tiny_run import small_recipe, write_recipe
 
 from megatron_medllm.config.run import load
 from megatron_medllm.launch.jobs import RunFiles
 from megatron_medllm.launch.recipe_jobs import submit_recipe
 from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.storage import read_json
+from tests.slurm.local_slurm import LocalSlurm, ended, starts
+from tests.worlds.run import small_recipe, write_recipe
 
 STAGES = [
     *("world", "corpus-base", "corpus-medical", "base", "eval-base", "cpt", "eval-cpt"),

@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from local_slurm import LocalSlurm, ended, starts
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.launch.jobs import RunFiles
@@ -18,6 +17,7 @@ from megatron_medllm.launch.status import run_status, submitted_jobs
 from megatron_medllm.launch.submit import submit
 from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import read_json, read_jsonl
+from tests.slurm.local_slurm import LocalSlurm, ended, starts
 
 STEPS = 50
 RECIPE = {

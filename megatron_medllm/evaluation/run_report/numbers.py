@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.exams.question import Question
-from megatron_medllm.exams.statistics import mcnemar_exact, paired_bootstrap, wilson_interval
+from megatron_medllm.exams.statistics import (
+    Interval,
+    PairedDifference,
+    paired_bootstrap,
+    paired_difference,
+    wilson_interval,
+)
 from megatron_medllm.storage import read_json, read_jsonl
 
 CONFIDENCE = 0.95
@@ -64,11 +70,9 @@ def score_model(
     pairs = _paired(by_mode["answer_only"], by_mode["explained"])
     if pairs:
         options = examined.bootstrap | ({"resamples": resamples} if resamples else {})
-        lost = sum(first["correct"] > second["correct"] for first, second in pairs)
-        won = sum(first["correct"] < second["correct"] for first, second in pairs)
-        interval = _bootstrap(pairs, options)
-        numbers |= {"gap": interval["estimate"], "gap_ci95": interval["ci95"]}
-        numbers |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar_exact(lost, won)}
+        found = _difference(pairs, options)
+        numbers |= {"gap": found.interval.estimate, "gap_ci95": [found.interval.low, found.interval.high]}
+        numbers |= {"right_to_wrong": found.lost, "wrong_to_right": found.won, "mcnemar_p": found.mcnemar_p}
     return numbers
 
 
@@ -85,26 +89,25 @@ def _mode_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _paired(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[tuple[dict, dict]]:
+def _paired(
+    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     known = {row["problem_id"]: row for row in first}
     return [(known[row["problem_id"]], row) for row in second if row["problem_id"] in known]
 
 
-def _bootstrap(pairs: Sequence[tuple[dict, dict]], options: Mapping[str, int]) -> dict[str, Any]:
-    return _interval(
-        [float(first["correct"]) for first, _ in pairs],
-        [float(second["correct"]) for _, second in pairs],
+def _difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], options: Mapping[str, int]) -> PairedDifference:
+    return paired_difference(
+        [first["correct"] for first, _ in pairs],
+        [second["correct"] for _, second in pairs],
         groups=[second["group"] for _, second in pairs],
-        options=options,
+        confidence=CONFIDENCE,
+        resamples=options["resamples"],
+        seed=options["seed"],
     )
 
 
-def _interval(
-    first: Sequence[float], second: Sequence[float], *, groups: Sequence[str], options: Mapping[str, int]
-) -> dict[str, Any]:
-    found = paired_bootstrap(
-        first, second, groups=groups, confidence=CONFIDENCE, resamples=options["resamples"], seed=options["seed"]
-    )
+def _interval(found: Interval) -> dict[str, Any]:
     return {"estimate": found.estimate, "ci95": [found.low, found.high]}
 
 
@@ -116,17 +119,20 @@ def compare_models(first: Examined, second: Examined) -> dict[str, Any]:
     result: dict[str, Any] = {"first": first.name, "second": second.name}
     for mode in ("answer_only", "explained"):
         pairs = _paired(list(first.rows.get(mode, {}).values()), list(second.rows.get(mode, {}).values()))
-        result[mode] = _bootstrap(pairs, second.bootstrap) if pairs else None
+        result[mode] = _interval(_difference(pairs, second.bootstrap).interval) if pairs else None
     before, after = _gap_by_question(first), _gap_by_question(second)
     common = [problem_id for problem_id in after if problem_id in before]
     result["gap"] = None
     if common:
-        result["gap"] = _interval(
+        found = paired_bootstrap(
             [before[problem_id] for problem_id in common],
             [after[problem_id] for problem_id in common],
             groups=[second.rows["explained"][problem_id]["group"] for problem_id in common],
-            options=second.bootstrap,
+            confidence=CONFIDENCE,
+            resamples=second.bootstrap["resamples"],
+            seed=second.bootstrap["seed"],
         )
+        result["gap"] = _interval(found)
     return result
 
 

@@ -3,13 +3,7 @@
 from megatron_medllm.kernels.fp8.blocks import BlockScaled
 from megatron_medllm.kernels.fp8.linear import fp8_frozen_linear, fp8_linear
 from megatron_medllm.kernels.fp8.products import scaled_matmul
-from megatron_medllm.kernels.fp8.quantize import (
-    quantize_activation,
-    quantize_weight,
-    rmsnorm_quantize,
-    swiglu_quantize,
-    transpose_fp8,
-)
+from megatron_medllm.kernels.fp8.quantize import quantize_activation, quantize_weight, transpose_fp8
 
 __all__ = [
     "BlockScaled",
@@ -17,8 +11,6 @@ __all__ = [
     "fp8_linear",
     "quantize_activation",
     "quantize_weight",
-    "rmsnorm_quantize",
     "scaled_matmul",
-    "swiglu_quantize",
     "transpose_fp8",
 ]

@@ -1,4 +1,4 @@
-"""Linear layers on block-scaled FP8: `fp8_frozen_linear` for LoRA on a frozen base, `fp8_linear` for full training.
+"""Linear layers on block-scaled FP8: `fp8_frozen_linear` for a frozen base, `fp8_linear` for full training.
 
 Casts, with x [T, k], W [n, k], d y [T, n]:
 
@@ -11,10 +11,9 @@ All casts are e4m3, gradients included: with a scale per 128 values its range is
 precision than e5m2 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). What leaves a layer has the dtype of its input.
 """
 
-from typing import Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,102 +21,48 @@ from megatron_medllm.kernels.fp8.blocks import BLOCK, BlockScaled
 from megatron_medllm.kernels.fp8.products import scaled_matmul
 from megatron_medllm.kernels.fp8.quantize import quantize_activation, quantize_weight, transpose_fp8
 
-Parallel = Literal["column", "row"]
 
+def fp8_frozen_linear(x: Tensor, weight: BlockScaled, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, where W is frozen FP8 held once; the adapter beside it is the caller's.
 
-def fp8_frozen_linear(
-    x: Tensor,
-    weight: BlockScaled,
-    *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    lora_input: Tensor | None = None,
-    parallel: Parallel | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """x W^T + bias + lora_scale (x A^T) B^T, where W is frozen FP8 held once and A, B are trained in x's dtype.
-
-    Tensor parallelism as in Megatron's column and row layers, whose mappings stay with the caller:
-
-    - column: x whole, W, bias and B this rank's outputs, A whole. The result is this rank's slice; the gradient of x
-      is this rank's part of the sum. The gradient of A comes out whole, the same on every rank.
-    - row: x, W and A this rank's inputs, B whole. The result is this rank's part of the sum (leave out `bias`, add it
-      after the sum); the gradient of B comes out whole, the same on every rank.
-
-    Either way one all-reduce of [T, r] in the backward pass is all that the adapter sends. x under sequence
-    parallelism is gathered before the call.
+    Tensor parallelism as in Megatron's column and row layers, whose mappings stay with the caller.
 
     Args:
         x: [..., k], bf16 or fp32.
         weight: [n, k] in 128 x 128 blocks, from `quantize_weight`.
         bias: [n] or None; takes a gradient if it requires one.
-        lora_a: A [r, k]; None: no adapter.
-        lora_b: B [n, r].
-        lora_scale: alpha / r.
-        lora_input: what A is applied to, where that is not x (dropout).
-        parallel: None: nothing is split.
-        tp_group: the ranks that share the layer; needed with `parallel` and an adapter.
 
     Returns:
         [..., n] in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a weight in other blocks, half an adapter.
+        ValueError: shapes that do not fit, a weight in other blocks.
     """
     if weight.rows_per_scale != BLOCK or x.shape[-1] != weight.values.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} does not fit weight {tuple(weight.values.shape)} in {weight.rows_per_scale}-row blocks"
         )
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("an adapter needs both lora_a and lora_b")
-    flat = x.reshape(-1, x.shape[-1])
-    adapted = None
-    if lora_a is not None:
-        adapted = flat if lora_input is None else lora_input.reshape(flat.shape)
-    split = tp_group is not None and dist.get_world_size(tp_group) > 1
-    y = _FrozenLinear.apply(
-        flat, adapted, lora_a, lora_b, bias, weight, lora_scale, parallel, tp_group if split else None
-    )
+    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, weight)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])  # autograd lets a caller add to y, not to a view
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapted, a, b, bias, weight: BlockScaled, scale: float, parallel: Parallel | None, tp_group):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: BlockScaled) -> Tensor:
         y = scaled_matmul(quantize_activation(x)[0], weight, out_dtype=x.dtype)
-        z = None
-        if a is not None:
-            z = adapted @ a.t().to(x.dtype)  # [T, r]
-            y.addmm_(z, b.t().to(x.dtype), alpha=scale)
         if bias is not None:
             y.add_(bias)
-        ctx.save_for_backward(adapted, a, b, z)
-        ctx.weight, ctx.scale, ctx.parallel, ctx.tp_group = weight, scale, parallel, tp_group
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
-        adapted, a, b, z = ctx.saved_tensors
-        wants_x, wants_adapted, wants_a, wants_b, wants_bias = ctx.needs_input_grad[:5]
-        dx = d_adapted = da = db = None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        wants_x, wants_bias, _ = ctx.needs_input_grad
+        dx = None
         if wants_x:
             dx = scaled_matmul(quantize_activation(dy)[0], transpose_fp8(ctx.weight), out_dtype=dy.dtype)
-        if a is not None:
-            dz = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # [T, r]; of this rank's outputs alone in a column layer
-            if wants_adapted:
-                d_adapted = dz @ a.to(dy.dtype)
-            if wants_a:
-                dz = _sum_over_ranks(dz, ctx.tp_group) if ctx.parallel == "column" else dz
-                da = (dz.t() @ adapted).to(a.dtype)
-            if wants_b:
-                z = _sum_over_ranks(z, ctx.tp_group) if ctx.parallel == "row" else z
-                db = (dy.t() @ z).mul_(ctx.scale).to(b.dtype)
-        dbias = dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None
-        return dx, d_adapted, da, db, dbias, None, None, None, None
+        return dx, dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None, None
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, power_of_two: bool = False) -> Tensor:
@@ -143,7 +88,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, power_o
 
 class _TrainedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, power_of_two: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, power_of_two: bool) -> Tensor:
         wants_weight = ctx.needs_input_grad[1]
         rows, columns = quantize_activation(x, columns=wants_weight, power_of_two=power_of_two)
         y = scaled_matmul(rows, quantize_weight(weight, power_of_two=power_of_two), out_dtype=x.dtype)
@@ -155,7 +100,7 @@ class _TrainedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         weight, *held = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         rows, columns = quantize_activation(dy, columns=wants_weight, power_of_two=ctx.power_of_two)
@@ -168,11 +113,3 @@ class _TrainedLinear(torch.autograd.Function):
             dw = scaled_matmul(columns, x_columns, out_dtype=torch.float32).to(weight.dtype)
         dbias = dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None
         return dx, dw, dbias, None
-
-
-def _sum_over_ranks(value: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    if tp_group is None:
-        return value
-    total = value.clone()
-    dist.all_reduce(total, group=tp_group)
-    return total

@@ -1,9 +1,8 @@
-"""Casts into block-scaled FP8, alone or fused with the operation before them: Triton on CUDA, plain torch elsewhere."""
+"""Casts into block-scaled FP8: Triton on CUDA, plain torch elsewhere."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_medllm.kernels.backend import triton_installed
@@ -11,6 +10,18 @@ from megatron_medllm.kernels.fp8 import blocks
 from megatron_medllm.kernels.fp8.blocks import BLOCK, BlockScaled
 
 Backend = Literal["auto", "torch", "triton"]
+
+
+@overload
+def quantize_activation(
+    x: Tensor, *, columns: Literal[True], power_of_two: bool = False, backend: Backend = "auto"
+) -> tuple[BlockScaled, BlockScaled]: ...
+
+
+@overload
+def quantize_activation(
+    x: Tensor, *, columns: bool = False, power_of_two: bool = False, backend: Backend = "auto"
+) -> tuple[BlockScaled, BlockScaled | None]: ...
 
 
 def quantize_activation(
@@ -61,49 +72,6 @@ def transpose_fp8(weight: BlockScaled, *, backend: Backend = "auto") -> BlockSca
         return quantize_triton.transpose_fp8(weight)
     bytes_ = weight.values.view(torch.uint8).t().contiguous()
     return BlockScaled(bytes_.view(blocks.E4M3), weight.scales.t().contiguous(), BLOCK)
-
-
-def swiglu_quantize(
-    gate_up: Tensor, *, columns: bool = False, power_of_two: bool = False, backend: Backend = "auto"
-) -> tuple[BlockScaled, BlockScaled | None]:
-    """silu(gate) * up, computed in fp32 and cast without a trip through memory.
-
-    Args:
-        gate_up: [m, 2 f], gate in the first half of the columns.
-        columns: as in `quantize_activation`.
-
-    Returns:
-        As `quantize_activation`, of [m, f].
-    """
-    if _takes_triton(backend, gate_up):
-        from megatron_medllm.kernels.fp8 import quantize_triton
-
-        return quantize_triton.swiglu_quantize(gate_up, columns=columns, power_of_two=power_of_two)
-    gate, up = gate_up.float().chunk(2, -1)
-    return quantize_activation(F.silu(gate) * up, columns=columns, power_of_two=power_of_two, backend="torch")
-
-
-def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, *, eps: float, power_of_two: bool = False, backend: Backend = "auto"
-) -> tuple[BlockScaled, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and cast without a trip through memory.
-
-    Args:
-        x: [m, h].
-        weight: [h].
-        eps: as in the model's config.
-
-    Returns:
-        The normed x in 1 x 128 blocks, and 1 / sqrt(mean(x^2) + eps) [m] fp32, which a backward pass needs.
-    """
-    if _takes_triton(backend, x):
-        from megatron_medllm.kernels.fp8 import quantize_triton
-
-        return quantize_triton.rmsnorm_quantize(x, weight, eps=eps, power_of_two=power_of_two)
-    wide = x.float()
-    inverse_rms = torch.rsqrt(wide.square().mean(-1) + eps)
-    normed = wide * inverse_rms[:, None] * weight.float()
-    return blocks.quantize_rows_torch(normed, power_of_two=power_of_two), inverse_rms
 
 
 def _takes_triton(backend: Backend, x: Tensor) -> bool:

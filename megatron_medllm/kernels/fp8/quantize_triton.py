@@ -83,66 +83,6 @@ def quantize_activation_kernel(
 
 
 @triton.jit
-def swiglu_quantize_kernel(
-    x_ptr,  # [m, 2 k], gate then up
-    q_ptr,
-    s_ptr,
-    qt_ptr,
-    st_ptr,
-    m,
-    k,
-    x_stride,
-    q_stride,
-    qt_stride,
-    COLUMNS: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    first_row = tl.program_id(0) * ROWS
-    first_column = tl.program_id(1) * 128
-    rows = first_row + tl.arange(0, ROWS)
-    columns = first_column + tl.arange(0, 128)
-    inside = (rows[:, None] < m) & (columns[None, :] < k)
-    at = x_ptr + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + k, mask=inside, other=0.0).to(tl.float32)
-    x = gate / (1.0 + tl.exp(-gate)) * up
-    _store_rows(x, q_ptr, s_ptr, rows, m, k, first_column, q_stride, m, POWER_OF_TWO)
-    if COLUMNS:
-        _store_columns(x, qt_ptr, st_ptr, first_row, columns, k, qt_stride, k, POWER_OF_TWO)
-
-
-@triton.jit
-def rmsnorm_quantize_kernel(
-    x_ptr,  # [m, h]
-    weight_ptr,  # [h]
-    q_ptr,  # [m, h] e4m3
-    s_ptr,  # [h / 128, m]
-    inverse_rms_ptr,  # [m]
-    m,
-    h,
-    x_stride,
-    q_stride,
-    eps,
-    POWER_OF_TWO: tl.constexpr,
-    BLOCKS: tl.constexpr,  # blocks of 128 that cover h, a power of two
-):
-    row = tl.program_id(0)
-    lanes = tl.arange(0, BLOCKS * 128)
-    inside = lanes < h
-    x = tl.load(x_ptr + row.to(tl.int64) * x_stride + lanes, mask=inside, other=0.0).to(tl.float32)
-    inverse_rms = 1.0 / tl.sqrt(tl.sum(x * x, 0) / h + eps)
-    weight = tl.load(weight_ptr + lanes, mask=inside, other=0.0).to(tl.float32)
-    y = tl.reshape(x * inverse_rms * weight, (BLOCKS, 128))
-    scale = _block_scale(tl.max(tl.abs(y), 1), POWER_OF_TWO)
-    q = tl.reshape(_cast(y, scale[:, None]), (BLOCKS * 128,))
-    tl.store(q_ptr + row.to(tl.int64) * q_stride + lanes, q, mask=inside)
-    block = tl.arange(0, BLOCKS)
-    tl.store(s_ptr + block * m + row, scale, mask=block * 128 < h)
-    tl.store(inverse_rms_ptr + row, inverse_rms)
-
-
-@triton.jit
 def quantize_weight_kernel(
     w_ptr,  # [n, k]
     q_ptr,  # [n, k] e4m3
@@ -183,20 +123,8 @@ def transpose_kernel(
 
 def quantize_activation(x: Tensor, *, columns: bool, power_of_two: bool) -> tuple[BlockScaled, BlockScaled | None]:
     """As `quantize.quantize_activation`."""
-    return _launch_tiles(quantize_activation_kernel, x, x.shape[1], columns=columns, power_of_two=power_of_two)
-
-
-def swiglu_quantize(gate_up: Tensor, *, columns: bool, power_of_two: bool) -> tuple[BlockScaled, BlockScaled | None]:
-    """As `quantize.swiglu_quantize`."""
-    width = gate_up.shape[1] // 2
-    return _launch_tiles(swiglu_quantize_kernel, gate_up, width, columns=columns, power_of_two=power_of_two)
-
-
-def _launch_tiles(
-    kernel: triton.JITFunction, x: Tensor, width: int, *, columns: bool, power_of_two: bool
-) -> tuple[BlockScaled, BlockScaled | None]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    m, filled = x.shape[0], triton.cdiv(x.shape[0], BLOCK) * BLOCK
+    (m, width), filled = x.shape, triton.cdiv(x.shape[0], BLOCK) * BLOCK
     values = torch.empty(m, width, dtype=E4M3, device=x.device)
     scales = torch.empty(triton.cdiv(width, BLOCK), m, dtype=torch.float32, device=x.device)
     values_t, scales_t = values, scales
@@ -204,7 +132,7 @@ def _launch_tiles(
         values_t = torch.empty(width, filled, dtype=E4M3, device=x.device)
         scales_t = torch.empty(filled // BLOCK, width, dtype=torch.float32, device=x.device)
     rows_a_tile = BLOCK if columns else _ROW_TILE
-    kernel[(triton.cdiv(m, rows_a_tile), triton.cdiv(width, BLOCK))](
+    quantize_activation_kernel[(triton.cdiv(m, rows_a_tile), triton.cdiv(width, BLOCK))](
         x,
         values,
         scales,
@@ -221,31 +149,6 @@ def _launch_tiles(
         num_warps=8 if columns else 4,
     )
     return BlockScaled(values, scales.t(), 1), BlockScaled(values_t, scales_t.t(), 1) if columns else None
-
-
-def rmsnorm_quantize(x: Tensor, weight: Tensor, *, eps: float, power_of_two: bool) -> tuple[BlockScaled, Tensor]:
-    """As `quantize.rmsnorm_quantize`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    m, h = x.shape
-    values = torch.empty(m, h, dtype=E4M3, device=x.device)
-    scales = torch.empty(triton.cdiv(h, BLOCK), m, dtype=torch.float32, device=x.device)
-    inverse_rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    rmsnorm_quantize_kernel[(m,)](
-        x,
-        weight.contiguous(),
-        values,
-        scales,
-        inverse_rms,
-        m,
-        h,
-        x.stride(0),
-        values.stride(0),
-        eps,
-        POWER_OF_TWO=power_of_two,
-        BLOCKS=triton.next_power_of_2(triton.cdiv(h, BLOCK)),
-        num_warps=8,
-    )
-    return BlockScaled(values, scales.t(), 1), inverse_rms
 
 
 def quantize_weight(weight: Tensor, *, power_of_two: bool) -> BlockScaled:

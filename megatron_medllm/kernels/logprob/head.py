@@ -23,7 +23,7 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,6 @@ class _Plan:
     vocab_start: int
     valid_rows: int  # rows of this rank's weight that are real words
     vocab_size: int  # real words over all ranks
-    temperature: float
-    softcap: float | None
     ignore_index: int
     logits_dtype: torch.dtype
     chunk_tokens: int
@@ -70,8 +68,6 @@ def fused_linear_logprob(
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
     valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
@@ -79,7 +75,7 @@ def fused_linear_logprob(
     uniform_grad: Tensor | float | None = None,
     backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(l)[target] and logsumexp(l) per token, l = softcap tanh(hidden weight^T / softcap) / temperature.
+    """log softmax(l)[target] and logsumexp(l) per token, l = hidden weight^T.
 
     Tensor parallelism: `hidden` and `target` are the same on every rank of `tp_group` (gather a sequence-parallel
     hidden first); `weight` is the rank's slice of the vocabulary. The gradient that reaches `hidden` is this rank's
@@ -95,8 +91,6 @@ def fused_linear_logprob(
         vocab_start: first word of this rank's slice.
         valid_vocab: real words over all ranks; rows behind them are padding and get probability 0. None: all rows of
             all ranks, which must then be equally many.
-        temperature: divides the logits, after the cap.
-        softcap: bounds the logits as Gemma 2 does (arXiv 2408.00118, section 2); None: no cap.
         ignore_index: target of rows that cost no work, give 0 for both results and take no gradient.
         logits_dtype: of the chunk buffer. Rounding logits to bf16 costs 0.012 rms in the log-probs; fp32 5e-7.
         chunk_tokens: the buffer holds this many tokens' logits; None: what fits 160 MiB (CPU) or 512 MiB (CUDA).
@@ -114,7 +108,7 @@ def fused_linear_logprob(
         ValueError: shapes or dtypes that do not fit each other; targets outside the vocabulary (RuntimeError on CUDA).
         UserError: `backend="triton"` where triton cannot run.
     """
-    _check_arguments(hidden, weight, target, temperature=temperature, softcap=softcap)
+    _check_arguments(hidden, weight, target)
     tp_size = dist.get_world_size(tp_group) if tp_group is not None else 1
     vocab_size = weight.shape[0] * tp_size if valid_vocab is None else valid_vocab
     frozen = not weight.requires_grad if frozen_weight is None else frozen_weight
@@ -125,28 +119,27 @@ def fused_linear_logprob(
         mode = "frozen"
     else:
         mode = "general" if uniform_grad is None else "uniform"
+    upstream = None
     if mode == "uniform":
-        uniform_grad = torch.as_tensor(uniform_grad, dtype=torch.float32, device=hidden.device).expand(len(target))
+        upstream = torch.as_tensor(uniform_grad, dtype=torch.float32, device=hidden.device).expand(len(target))
     plan = _Plan(
         mode=mode,
-        rows=_row_backend(backend, hidden.device.type),
+        rows=row_backend(backend, hidden.device.type),
         tp_group=tp_group if tp_size > 1 else None,
         vocab_start=vocab_start,
         valid_rows=min(max(vocab_size - vocab_start, 0), weight.shape[0]),
         vocab_size=vocab_size,
-        temperature=temperature,
-        softcap=softcap,
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens or _default_chunk(hidden.device.type, weight.shape[0], logits_dtype),
-        uniform_grad=uniform_grad if mode == "uniform" else None,
+        uniform_grad=upstream,
     )
     return _FusedLinearLogprob.apply(hidden, weight.detach() if frozen else weight, target, plan)
 
 
 class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         token_logprobs = torch.zeros(len(target), dtype=torch.float32, device=hidden.device)
@@ -158,10 +151,10 @@ class _FusedLinearLogprob(torch.autograd.Function):
             row_lse, target_logit = _reduce_chunks(x, words, local_target, plan)
             saved = [x, weight, local_target, row_lse] if plan.mode == "general" else []
         else:
-            u = torch.ones_like(x[:, 0], dtype=torch.float32) if plan.mode == "frozen" else plan.uniform_grad
-            u = u if plan.mode == "frozen" else _take(u, kept)
+            ones = torch.ones_like(x[:, 0], dtype=torch.float32)
+            u = ones if plan.uniform_grad is None else _take(plan.uniform_grad, kept)
             row_lse, target_logit, dx, dw = _reduce_and_differentiate_chunks(x, words, local_target, u, plan)
-            saved = [dx, weight, local_target, target_logit] if plan.mode == "frozen" else [dx, dw, weight, u]
+            saved = [dx, weight, local_target] if dw is None else [dx, dw, weight, u]
         _put(token_logprobs, kept, target_logit - row_lse)
         _put(lse, kept, row_lse)
         ctx.save_for_backward(kept, *saved)
@@ -171,23 +164,30 @@ class _FusedLinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob: Tensor | None, grad_lse: Tensor | None):
+    def backward(
+        ctx: Any, grad_logprob: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         plan: _Plan = ctx.plan
         kept, *saved = ctx.saved_tensors
-        if grad_logprob is None and grad_lse is None:
-            return None, None, None, None
         like = grad_lse if grad_logprob is None else grad_logprob
+        if like is None:
+            return None, None, None, None
         total = len(like)
         g = torch.zeros(len(saved[0]), device=like.device) if grad_logprob is None else _take(grad_logprob, kept)
         g_lse = torch.zeros_like(g) if grad_lse is None else _take(grad_lse, kept)
-        dw = None
+        dx: Tensor | None
+        dw: Tensor | None = None
         if plan.mode == "frozen":
-            dx = _frozen_backward(*saved, g, None if grad_lse is None else g_lse, plan)
+            held, weight, local_target = saved
+            dx = _frozen_backward(held, weight, local_target, g, None if grad_lse is None else g_lse, plan)
         elif plan.mode == "uniform":
-            dx, dw = _uniform_backward(*saved, g)
+            held, held_dw, weight, u = saved
+            dx, dw = _uniform_backward(held, held_dw, weight, u, g)
         else:
-            dx, dw = _general_backward(*saved, g, g_lse, plan, ctx.needs_input_grad)
-        return (_scatter(dx, kept, total) if ctx.needs_input_grad[0] else None), dw, None, None
+            x, weight, local_target, row_lse = saved
+            dx, dw = _general_backward(x, weight, local_target, row_lse, g, g_lse, plan, ctx.needs_input_grad)
+        dx = _scatter(dx, kept, total) if dx is not None and ctx.needs_input_grad[0] else None
+        return dx, dw, None, None
 
 
 def _reduce_chunks(x: Tensor, words: Tensor, local_target: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -227,17 +227,14 @@ def _reduce_and_differentiate_chunks(
 
 
 def _frozen_backward(
-    dx: Tensor, weight: Tensor, local_target: Tensor, target_logit: Tensor, g: Tensor, g_lse: Tensor | None, plan: _Plan
+    dx: Tensor, weight: Tensor, local_target: Tensor, g: Tensor, g_lse: Tensor | None, plan: _Plan
 ) -> Tensor:
     """A row scale: d lse / dx differs from -d log p / dx by the target word's own row of the weight."""
     if g_lse is None:
         return dx * g[:, None].to(dx.dtype)
     here = (local_target >= 0) & (local_target < plan.valid_rows)
-    slope = here / plan.temperature
-    if plan.softcap is not None:
-        slope = slope * (1 - (target_logit * plan.temperature / plan.softcap) ** 2)
     word = weight[local_target.clamp(0, max(plan.valid_rows - 1, 0))]
-    return ((g - g_lse)[:, None] * dx.float() + (g_lse * slope)[:, None] * word.float()).to(dx.dtype)
+    return ((g - g_lse)[:, None] * dx.float() + (g_lse * here)[:, None] * word.float()).to(dx.dtype)
 
 
 def _uniform_backward(dx: Tensor, dw: Tensor, weight: Tensor, u: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,7 +284,7 @@ def _general_backward(
 def _shard_stats(z: Tensor, local_target: Tensor, plan: _Plan) -> Tensor:
     if z.shape[1] == 0:  # this rank holds padding only
         return torch.tensor([-torch.inf, 0.0, 0.0], device=z.device)[:, None].expand(3, z.shape[0])
-    return plan.rows.row_stats(z, local_target, temperature=plan.temperature, softcap=plan.softcap)
+    return plan.rows.row_stats(z, local_target)
 
 
 def _shard_gradient(
@@ -301,8 +298,6 @@ def _shard_gradient(
         lse=lse,
         grad_logprob=g,
         grad_lse=g_lse,
-        temperature=plan.temperature,
-        softcap=plan.softcap,
         dtype=operand_dtype(words),
     )
 
@@ -355,28 +350,26 @@ def _default_chunk(device_type: str, vocab_rows: int, logits_dtype: torch.dtype)
     return max(tokens // 64 * 64, 64)
 
 
-def _check_arguments(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float, softcap: float | None
-) -> None:
+def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [V, H]")
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target must be int64 [{hidden.shape[0]}], is {target.dtype} {tuple(target.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: they must be the same")
-    if temperature <= 0 or (softcap is not None and softcap <= 0):
-        raise ValueError(f"temperature ({temperature}) and softcap ({softcap}) must be positive")
 
 
 @lru_cache
-def _row_backend(name: str, device_type: str) -> ModuleType:
+def row_backend(name: str, device_type: str) -> ModuleType:
     """The module with the row passes; says once which was chosen."""
     if name not in ("auto", "torch", "triton"):
         raise UserError(f"head backend {name!r}: expected auto, torch or triton")
     if name == "triton" and not triton_installed():
         raise UserError("head backend 'triton': the triton package is not installed; use backend 'torch'")
     if name == "triton" or (name == "auto" and device_type == "cuda" and triton_installed()):
-        from megatron_medllm.kernels.logprob import rows_triton as rows
+        from megatron_medllm.kernels.logprob import rows_triton
+
+        rows: ModuleType = rows_triton
     else:
         rows = rows_torch
     log.info("fused_linear_logprob: %s row passes on %s (asked for: %s)", rows.__name__, device_type, name)

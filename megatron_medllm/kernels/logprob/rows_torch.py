@@ -1,6 +1,6 @@
 """Row-wise passes over a chunk of logits, in plain torch: the twin of `rows_triton`, and what runs on a CPU.
 
-Notation: z = raw logits (a GEMM's output), c = softcap, and l = c tanh(z / c) / temperature the logits proper.
+Notation: z = logits, a GEMM's output.
 """
 
 import torch
@@ -12,7 +12,7 @@ from megatron_medllm.kernels.logprob.products import tiles
 _ROWS = {"cpu": 16, "cuda": 256}
 
 
-def row_stats(logits: Tensor, local_target: Tensor, *, temperature: float, softcap: float | None) -> Tensor:
+def row_stats(logits: Tensor, local_target: Tensor) -> Tensor:
     """What log-sum-exp and target pick need of one vocabulary shard.
 
     Args:
@@ -20,16 +20,16 @@ def row_stats(logits: Tensor, local_target: Tensor, *, temperature: float, softc
         local_target: [r] int64, column of the target; outside [0, v) where another shard holds it.
 
     Returns:
-        [3, r] fp32: max of l, sum of exp(l - max), and l at the target (0 where it is not here).
+        [3, r] fp32: max of z, sum of exp(z - max), and z at the target (0 where it is not here).
     """
     stats = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
     here, column = _locate(local_target, logits.shape[1])
     for rows in tiles(logits.shape[0], _ROWS[logits.device.type]):
-        scaled = _scale_logits(logits[rows].float(), temperature, softcap)
-        largest = scaled.amax(-1)
+        z = logits[rows].float()
+        largest = z.amax(-1)
         stats[0, rows] = largest
-        stats[2, rows] = scaled.gather(1, column[rows, None])[:, 0] * here[rows]
-        stats[1, rows] = torch.exp_(scaled - largest[:, None]).sum(-1)
+        stats[2, rows] = z.gather(1, column[rows, None])[:, 0] * here[rows]
+        stats[1, rows] = torch.exp_(z - largest[:, None]).sum(-1)
     return stats
 
 
@@ -40,13 +40,11 @@ def logits_gradient(
     lse: Tensor,
     grad_logprob: Tensor,
     grad_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """d loss / d z, where loss depends on log p(target) and on the log-sum-exp of each row.
 
-    dl = g (1[target] - p) + g_lse p with p = exp(l - lse), and dl/dz = (1 - tanh(z / c)^2) / temperature.
+    It is g (1[target] - p) + g_lse p with p = exp(z - lse).
 
     Args:
         logits: z [r, v]; overwritten.
@@ -64,14 +62,8 @@ def logits_gradient(
     on_target = (grad_logprob * here)[:, None]
     on_probability = (grad_lse - grad_logprob)[:, None]
     for rows in tiles(logits.shape[0], _ROWS[logits.device.type]):
-        scaled = _scale_logits(logits[rows].float(), temperature, softcap)
-        slope = None if softcap is None else 1 - (scaled * (temperature / softcap)).square_()
-        gradient = torch.sub(scaled, lse[rows, None]).exp_().mul_(on_probability[rows])
+        gradient = torch.sub(logits[rows].float(), lse[rows, None]).exp_().mul_(on_probability[rows])
         gradient.scatter_add_(1, column[rows, None], on_target[rows])
-        if slope is not None:
-            gradient.mul_(slope)
-        if temperature != 1.0:
-            gradient.div_(temperature)
         result[rows] = gradient
     return result
 
@@ -79,10 +71,3 @@ def logits_gradient(
 def _locate(local_target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """(is the target in this shard [r] bool, a column that may be read in any case [r])."""
     return (local_target >= 0) & (local_target < columns), local_target.clamp(0, columns - 1)
-
-
-def _scale_logits(raw: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """c tanh(z / c) / temperature, without touching `raw` unless there is nothing to do."""
-    if softcap is not None:
-        raw = torch.div(raw, softcap).tanh_().mul_(softcap)
-    return raw if temperature == 1.0 else raw / temperature

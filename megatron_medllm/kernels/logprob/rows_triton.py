@@ -15,14 +15,6 @@ _WARPS = 8
 
 
 @triton.jit
-def _cap(z, softcap):
-    """tanh(z / softcap), written with exp so that the interpreter has it too."""
-    decay = tl.exp(-2.0 * tl.abs(z / softcap))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(z >= 0, magnitude, -magnitude)
-
-
-@triton.jit
 def row_stats_kernel(
     z_ptr,  # [rows, columns], row stride z_stride
     target_ptr,  # [rows] int64
@@ -30,9 +22,6 @@ def row_stats_kernel(
     rows,
     columns,
     z_stride,
-    inverse_temperature,
-    softcap,
-    HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -43,9 +32,7 @@ def row_stats_kernel(
     for start in range(0, columns, BLOCK):
         inside = start + lanes < columns
         z = tl.load(base + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        if HAS_CAP:
-            z = softcap * _cap(z, softcap)
-        z = tl.where(inside, z * inverse_temperature, float("-inf"))
+        z = tl.where(inside, z, float("-inf"))
         new_largest = tl.maximum(largest, z)
         total = total * tl.exp(largest - new_largest) + tl.exp(z - new_largest)
         largest = new_largest
@@ -54,11 +41,9 @@ def row_stats_kernel(
     column = tl.load(target_ptr + row)
     here = (column >= 0) & (column < columns)
     picked = tl.load(base + column, mask=here, other=0.0).to(tl.float32)
-    if HAS_CAP:
-        picked = softcap * _cap(picked, softcap)
     tl.store(stats_ptr + row, row_largest)
     tl.store(stats_ptr + rows + row, row_total)
-    tl.store(stats_ptr + 2 * rows + row, picked * inverse_temperature)
+    tl.store(stats_ptr + 2 * rows + row, picked)
 
 
 @triton.jit
@@ -72,9 +57,6 @@ def logits_gradient_kernel(
     columns,
     z_stride,
     out_stride,
-    inverse_temperature,
-    softcap,
-    HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -85,18 +67,12 @@ def logits_gradient_kernel(
     g = tl.load(grad_logprob_ptr + row)
     g_lse = tl.load(grad_lse_ptr + row)
     z = tl.load(z_ptr + row.to(tl.int64) * z_stride + column, mask=inside, other=0.0).to(tl.float32)
-    slope = inverse_temperature
-    if HAS_CAP:
-        capped = _cap(z, softcap)
-        z = softcap * capped
-        slope = inverse_temperature * (1.0 - capped * capped)
-    probability = tl.exp(z * inverse_temperature - lse)
-    gradient = ((g_lse - g) * probability + tl.where(column == target, g, 0.0)) * slope
+    gradient = (g_lse - g) * tl.exp(z - lse) + tl.where(column == target, g, 0.0)
     out = out_ptr + row.to(tl.int64) * out_stride + column
     tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def row_stats(logits: Tensor, local_target: Tensor, *, temperature: float, softcap: float | None) -> Tensor:
+def row_stats(logits: Tensor, local_target: Tensor) -> Tensor:
     """As `rows_torch.row_stats`."""
     rows, columns = logits.shape
     stats = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
@@ -107,9 +83,6 @@ def row_stats(logits: Tensor, local_target: Tensor, *, temperature: float, softc
         rows,
         columns,
         logits.stride(0),
-        1.0 / temperature,
-        softcap or 0.0,
-        HAS_CAP=softcap is not None,
         BLOCK=_STATS_BLOCK,
         num_warps=_WARPS,
     )
@@ -123,8 +96,6 @@ def logits_gradient(
     lse: Tensor,
     grad_logprob: Tensor,
     grad_lse: Tensor,
-    temperature: float,
-    softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """As `rows_torch.logits_gradient`."""
@@ -140,9 +111,6 @@ def logits_gradient(
         columns,
         logits.stride(0),
         out.stride(0),
-        1.0 / temperature,
-        softcap or 0.0,
-        HAS_CAP=softcap is not None,
         BLOCK=_GRADIENT_BLOCK,
         num_warps=_WARPS,
     )

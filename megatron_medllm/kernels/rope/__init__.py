@@ -4,6 +4,8 @@ Written in torch it is six element-wise kernels over q and six over k, each read
 each. Both round once, from fp32, where the usual code multiplies by cosines already rounded to bf16.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -41,13 +43,13 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
         return _rotated(x, cosines, sines)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
         return _rotated(dy, cosines, -sines), None, None  # a rotation's transpose turns back
 

@@ -19,18 +19,11 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.planner.flops import model_flops_per_token, packed_flops
 from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.train.loop import train
+from tests.worlds import shapes as tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:megatron")
 
-SHAPE = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_query_groups": 1,
-    "ffn_hidden_size": 64,
-    "vocab_size": 200,
-    "tie_embeddings": True,
-}
+SHAPE = tiny.SHAPE | {"num_layers": 2, "num_attention_heads": 2, "num_query_groups": 1, "vocab_size": 200}
 SHORT = SyntheticData(prompt_length=12, response_length=8)
 
 

@@ -20,7 +20,7 @@ from megatron_medllm.certify.certificate import (
     versions,
     write_certificate,
 )
-from megatron_medllm.certify.compare import _worst
+from megatron_medllm.certify.compare import worst_tensor
 from megatron_medllm.certify.run import certify
 from megatron_medllm.certify.shrink import fold, shrink, shrink_shape
 from megatron_medllm.certify.stages import certify_stages
@@ -219,11 +219,11 @@ def test_nothing_is_submitted_that_is_not_certified(tmp_path):
 
 def test_tensors_that_are_missing_or_not_numbers_differ_infinitely():
     one = {"a": torch.ones(3), "b": torch.zeros(2)}
-    assert _worst("x", one, one, 0.0).passed
-    assert _worst("x", {"a": one["a"]}, one, 1.0).difference == math.inf
-    assert _worst("x", one | {"c": torch.ones(1)}, one, 1.0).difference == math.inf
-    assert _worst("x", one | {"a": torch.full((3,), math.nan)}, one, 1.0).difference == math.inf
-    assert _worst("x", one | {"a": torch.ones(1)}, one, 1.0).difference == math.inf
+    assert worst_tensor("x", one, one, 0.0).passed
+    assert worst_tensor("x", {"a": one["a"]}, one, 1.0).difference == math.inf
+    assert worst_tensor("x", one | {"c": torch.ones(1)}, one, 1.0).difference == math.inf
+    assert worst_tensor("x", one | {"a": torch.full((3,), math.nan)}, one, 1.0).difference == math.inf
+    assert worst_tensor("x", one | {"a": torch.ones(1)}, one, 1.0).difference == math.inf
     assert not Check("x", math.nan, 1.0).passed
 
 

@@ -19,7 +19,7 @@ from megatron_medllm.checkpoint.convert import export_checkpoint, import_hf
 from megatron_medllm.checkpoint.journal import Journal
 from megatron_medllm.checkpoint.torch_dist import TorchDistReader, refuse_unsafe
 from megatron_medllm.errors import UserError
-from tests.unit.checkpoint.twins import PUBLISHED, assert_same_tensors, read_tensors, twin_shape, write_twin
+from tests.worlds.model_dir import PUBLISHED, assert_same_tensors, read_tensors, twin_shape, write_twin
 
 SHAPE = twin_shape("7b", layers=3)
 TINY_CHUNKS = 3000  # bytes: even these models are cut into many chunks

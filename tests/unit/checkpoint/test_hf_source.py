@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from megatron_medllm.checkpoint.convert import import_hf
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.errors import UserError
-from tests.unit.checkpoint.running import running
-from tests.unit.checkpoint.twins import random_tensors, twin_shape, write_twin
+from tests.worlds.model_dir import random_tensors, twin_shape, write_twin
+from tests.worlds.running import running
 
 SHAPE = twin_shape("7b", layers=1)
 TIED = twin_shape("0.5b", layers=1)

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_medllm.checkpoint.names import (
-    Piece,
+    HFSlice,
     hf_shape,
     hf_shapes,
     local_pieces,
@@ -14,7 +14,7 @@ from megatron_medllm.checkpoint.names import (
     weight_of_parameter,
 )
 from megatron_medllm.config.model import SIZES, ModelShape
-from tests.unit.checkpoint.twins import PUBLISHED, config_json, twin_shape
+from tests.worlds.model_dir import PUBLISHED, config_json, twin_shape
 
 SMALL = ModelShape(
     num_layers=2,
@@ -44,30 +44,40 @@ def test_names_and_shapes_are_those_of_transformers(size: str):
 def test_qkv_is_interleaved_by_group():
     qkv = weight("decoder.layers.1.self_attention.linear_qkv.weight")
     q, k, v = (f"model.layers.1.self_attn.{p}_proj.weight" for p in "qkv")
-    whole = [Piece(q, 0, 8), Piece(k, 0, 4), Piece(v, 0, 4), Piece(q, 8, 16), Piece(k, 4, 8), Piece(v, 4, 8)]
+    whole = [
+        HFSlice(q, 0, 8),
+        HFSlice(k, 0, 4),
+        HFSlice(v, 0, 4),
+        HFSlice(q, 8, 16),
+        HFSlice(k, 4, 8),
+        HFSlice(v, 4, 8),
+    ]
     assert local_pieces(qkv, SMALL, local_size=32, tp_rank=0, tp_size=1) == whole
     assert local_pieces(qkv, SMALL, local_size=16, tp_rank=1, tp_size=2) == whole[3:]
     # More ranks than groups: Megatron cuts the interleaved rows evenly, through the middle of a group.
-    assert local_pieces(qkv, SMALL, local_size=8, tp_rank=3, tp_size=4) == [Piece(k, 4, 8), Piece(v, 4, 8)]
+    assert local_pieces(qkv, SMALL, local_size=8, tp_rank=3, tp_size=4) == [HFSlice(k, 4, 8), HFSlice(v, 4, 8)]
 
 
 def test_gate_and_up_are_cut_and_padded_each_on_its_own():
     fc1 = weight("decoder.layers.0.mlp.linear_fc1.weight")
     gate, up = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
-    assert local_pieces(fc1, SMALL, local_size=6, tp_rank=1, tp_size=2) == [Piece(gate, 3, 6), Piece(up, 3, 6)]
+    assert local_pieces(fc1, SMALL, local_size=6, tp_rank=1, tp_size=2) == [HFSlice(gate, 3, 6), HFSlice(up, 3, 6)]
     assert local_pieces(fc1, SMALL, local_size=8, tp_rank=1, tp_size=2) == [
-        Piece(gate, 4, 6),
-        Piece(None, 0, 2),
-        Piece(up, 4, 6),
-        Piece(None, 0, 2),
+        HFSlice(gate, 4, 6),
+        HFSlice(None, 0, 2),
+        HFSlice(up, 4, 6),
+        HFSlice(None, 0, 2),
     ]
 
 
 def test_vocabulary_padding_may_fill_whole_ranks():
     output = weight("output_layer.weight")
     name = "lm_head.weight"
-    assert local_pieces(output, SMALL, local_size=8, tp_rank=1, tp_size=4) == [Piece(name, 8, 10), Piece(None, 0, 6)]
-    assert local_pieces(output, SMALL, local_size=8, tp_rank=3, tp_size=4) == [Piece(None, 14, 22)]
+    assert local_pieces(output, SMALL, local_size=8, tp_rank=1, tp_size=4) == [
+        HFSlice(name, 8, 10),
+        HFSlice(None, 0, 6),
+    ]
+    assert local_pieces(output, SMALL, local_size=8, tp_rank=3, tp_size=4) == [HFSlice(None, 14, 22)]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
 from megatron_medllm.parallel import mcore
-from tests.unit.checkpoint.running import IDS, assert_close, megatron_logits, running, transformers_logits
-from tests.unit.checkpoint.twins import read_tensors, twin_shape, write_twin
+from tests.worlds.model_dir import read_tensors, twin_shape, write_twin
+from tests.worlds.running import IDS, assert_close, megatron_logits, running, transformers_logits
 
 SHAPE = twin_shape("0.5b")
 CONFIG = AdapterConfig(rank=3, alpha=5.0)

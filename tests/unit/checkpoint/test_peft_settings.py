@@ -15,8 +15,8 @@ from megatron_medllm.checkpoint.peft_adapter import load_adapter, read_peft
 from megatron_medllm.checkpoint.peft_settings import WITHOUT_EFFECT, PeftSettings, read_settings
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
-from tests.unit.checkpoint.running import IDS, assert_close, megatron_logits, running
-from tests.unit.checkpoint.twins import twin_shape, write_twin
+from tests.worlds.model_dir import twin_shape, write_twin
+from tests.worlds.running import IDS, assert_close, megatron_logits, running
 
 SHAPE = twin_shape("0.5b")
 O_PROJ = "base_model.model.model.layers.0.self_attn.o_proj"

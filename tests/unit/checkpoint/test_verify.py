@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_medllm.checkpoint.convert import import_hf
-from megatron_medllm.checkpoint.verify import compare
+from megatron_medllm.checkpoint.verify import compare_checkpoints
 from megatron_medllm.errors import UserError
-from tests.unit.checkpoint.running import assert_close, megatron_logits, running, transformers_logits
-from tests.unit.checkpoint.twins import PUBLISHED, twin_shape, write_twin
+from tests.worlds.model_dir import PUBLISHED, twin_shape, write_twin
+from tests.worlds.running import assert_close, megatron_logits, running, transformers_logits
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_logits_of_every_size_read_straight_from_safetensors(tmp_path: Path, siz
 def test_imported_checkpoint_is_the_same_model(tmp_path: Path, prompts: Path, size: str):
     hf_dir = write_twin(tmp_path / "hf", twin_shape(size))
     import_hf(hf_dir, tmp_path / "ckpt", chunk_bytes=3000)
-    result = compare(hf_dir, tmp_path / "ckpt", prompts, new_tokens=4)
+    result = compare_checkpoints(hf_dir, tmp_path / "ckpt", prompts, new_tokens=4)
     assert result.agree
     assert result.prompts == result.same_continuations == 2
     assert result.tokens == 5 + 1 + 2 * 4
@@ -46,7 +46,7 @@ def test_one_changed_weight_is_seen(tmp_path: Path, prompts: Path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.bias"][3] += 1.0
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    result = compare(hf_dir, other, prompts, new_tokens=4)
+    result = compare_checkpoints(hf_dir, other, prompts, new_tokens=4)
     assert not result.agree
     assert result.max_difference > result.mean_difference > 0
     assert result.lines()[0].startswith("DIFFERENT")
@@ -59,7 +59,7 @@ def test_unusable_prompts_are_named(tmp_path: Path):
     for name, content in rows.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=messages[name]):
-            compare(hf_dir, hf_dir, tmp_path / name)
+            compare_checkpoints(hf_dir, hf_dir, tmp_path / name)
 
 
 def test_other_vocabulary(tmp_path: Path, prompts: Path):
@@ -67,4 +67,4 @@ def test_other_vocabulary(tmp_path: Path, prompts: Path):
     hf_dir = write_twin(tmp_path / "hf", shape)
     other = write_twin(tmp_path / "other", shape.model_copy(update={"vocab_size": 311}))
     with pytest.raises(UserError, match=r"vocabulary of 311, but .* has 307"):
-        compare(hf_dir, other, prompts, new_tokens=1, dtype=torch.float32)
+        compare_checkpoints(hf_dir, other, prompts, new_tokens=1, dtype=torch.float32)

@@ -29,6 +29,6 @@ def test_a_copy_never_overwrites_and_an_unknown_example_is_named(tmp_path: Path)
 def test_a_wheels_own_files_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "megatron_medllm"
     (package / "shipped_files" / "slurm").mkdir(parents=True)
-    monkeypatch.setattr(shipped, "_PACKAGE", package)
+    monkeypatch.setattr(shipped, "PACKAGE", package)
     assert shipped.shipped("slurm") == package / "shipped_files" / "slurm"
     assert shipped.shipped("examples") == tmp_path / "site-packages" / "examples"

@@ -71,6 +71,15 @@ def test_what_is_wrong_is_named(recipe, overrides, message):
         load(recipe, overrides)
 
 
+def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(recipe):
+    rpo = "pairs: p.jsonl, sequence_length: 8, global_batch_size: 1, optimizer: {lr: 1.0e-3}"
+    message = "unknown key 'rpo.rpo_guard': it is now rpo.guard, and its min_edit_distance is rpo.filters"
+    with pytest.raises(UserError, match=message):
+        load(recipe, [f"rpo={{{rpo}, rpo_guard: {{min_edit_distance: 0.1}}}}"])
+    run = load(recipe, [f"rpo={{{rpo}, guard: {{max_margin: 5, stop_after: 3}}, filters: {{min_edit_distance: 0.1}}}}"])
+    assert (run.rpo.guard.max_margin, run.rpo.guard.stop_after, run.rpo.filters.min_edit_distance) == (5.0, 3, 0.1)
+
+
 def test_a_mandatory_value_is_asked_for(recipe):
     recipe.write_text(RECIPE + "data: ???\n")
     with pytest.raises(UserError, match="data must be given, as data=…"):
@@ -133,3 +142,11 @@ def test_the_size_table_is_qwen25s():
     assert {name: millions(shape) for name, shape in SIZES.items() if name != "mini"} == {
         "0.5b": 494, "1.5b": 1544, "3b": 3086, "7b": 7616, "14b": 14770, "32b": 32764, "72b": 72706,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("cpt", "override"), [("[]", "cpt.train_tokens=5"), ("{data: []}", "cpt.data.path=a")])
+def test_an_override_below_a_list_is_refused(tmp_path: Path, cpt: str, override: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run_dir: runs/a\nmodel: {{size: mini}}\ncpt: {cpt}\n")
+    with pytest.raises(UserError, match=rf"recipe.yaml: a list and a section meet under one key of {override}"):
+        load(path, [override])

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from corpus_samples import SENTENCES, write_jsonl
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.build import build
+from tests.worlds.corpus import SENTENCES, write_jsonl
 
 
 @pytest.fixture(scope="session")

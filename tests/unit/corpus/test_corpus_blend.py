@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from corpus_samples import SENTENCES, write_jsonl
 from pydantic import ValidationError
 
 from megatron_medllm.config.corpus import CorpusConfig
@@ -12,6 +11,7 @@ from megatron_medllm.corpus.build import build
 from megatron_medllm.corpus.inspect import inspect
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
+from tests.worlds.corpus import SENTENCES, write_jsonl
 
 TOKENS = {"a": 100, "b": 300, "general": 600}
 

@@ -1,7 +1,8 @@
 """Every byte is what Megatron's preprocess_data.py --append-eod would have written."""
 
 import pytest
-from corpus_samples import FUZZ, SHARED, assert_same_bytes, write_reference
+
+from tests.worlds.corpus import FUZZ, SHARED, assert_same_bytes, write_reference
 
 
 def test_fuzz_set_small_vocabulary(tmp_path, build_one, tokenizer_dir, eod_id):

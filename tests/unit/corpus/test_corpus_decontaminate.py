@@ -5,15 +5,14 @@ import random
 
 import numpy as np
 import pytest
-from corpus_samples import SENTENCES, SHARED, write_jsonl
-from test_corpus_read import read_dropped
 
 from megatron_medllm.config.corpus import DecontaminateConfig
 from megatron_medllm.corpus.decontaminate import Detector
 from megatron_medllm.corpus.fold import fold, fold_origins
-from megatron_medllm.corpus.questions import Question, index_questions, load_questions
+from megatron_medllm.corpus.questions import SoughtQuestion, index_questions, load_questions
 from megatron_medllm.corpus.shingles import code_points
 from megatron_medllm.errors import UserError
+from tests.worlds.corpus import SENTENCES, SHARED, read_dropped, write_jsonl
 
 # Invented questions in IgakuQA's schema. The instruction recurs over the two editions.
 PREFIX = "次の文を読み、以下の問いに答えよ。なお、検査所見はすべて来院時のものである。"
@@ -36,14 +35,14 @@ ROWS = {
 }
 
 
-def question_of(row) -> Question:
-    return Question(row[0], row[0][:3], row[1], tuple(row[2]))
+def question_of(row) -> SoughtQuestion:
+    return SoughtQuestion(row[0], row[0][:3], row[1], tuple(row[2]))
 
 
 QUESTIONS = [question_of(row) for rows in ROWS.values() for row in rows]
 
 
-def lay_out(question: Question, label: str = "{letter}. ") -> str:
+def lay_out(question: SoughtQuestion, label: str = "{letter}. ") -> str:
     lines = [
         label.format(letter=chr(97 + i), wide=chr(0xFF41 + i), number=i + 1) + c for i, c in enumerate(question.choices)
     ]
@@ -183,7 +182,7 @@ def test_all_of_igakuqa_in_medical_text():
 def test_many_grams_keep_the_filter_honest():
     rng = np.random.default_rng(0)
     questions = [
-        Question(f"{100 + i % 5}A{i}", str(100 + i % 5), "".join(map(chr, rng.integers(0x4E00, 0x9000, 80))), ())
+        SoughtQuestion(f"{100 + i % 5}A{i}", str(100 + i % 5), "".join(map(chr, rng.integers(0x4E00, 0x9000, 80))), ())
         for i in range(300)
     ]
     config = DecontaminateConfig(exams="unused")

@@ -4,14 +4,13 @@ import random
 
 import numpy as np
 import pytest
-from corpus_samples import SENTENCES, write_jsonl
-from test_corpus_read import read_dropped
 
 from megatron_medllm.config.corpus import DedupConfig
 from megatron_medllm.corpus.build import build
-from megatron_medllm.corpus.dedup import _join, _roots, sign
+from megatron_medllm.corpus.dedup import find_roots, join_groups, sign
 from megatron_medllm.corpus.index import read_index
 from megatron_medllm.corpus.shingles import hash_grams_of_texts
+from tests.worlds.corpus import SENTENCES, read_dropped, write_jsonl
 
 ALPHABET = [chr(code) for code in range(0x4E00, 0x4F00)] + [chr(code) for code in range(0x3041, 0x3090)]
 
@@ -106,6 +105,6 @@ def test_grams_stay_within_their_text():
 
 def test_clusters_join_transitively():
     parents = np.arange(8)
-    _join(parents, np.array([6, 1, 5]), np.array([5, 2, 2]))
-    _join(parents, np.array([7]), np.array([7]))
-    assert _roots(parents, parents).tolist() == [0, 1, 1, 3, 4, 1, 1, 7]
+    join_groups(parents, np.array([6, 1, 5]), np.array([5, 2, 2]))
+    join_groups(parents, np.array([7]), np.array([7]))
+    assert find_roots(parents, parents).tolist() == [0, 1, 1, 3, 4, 1, 1, 7]

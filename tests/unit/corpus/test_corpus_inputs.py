@@ -12,15 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from corpus_samples import SENTENCES, write_jsonl
 from pydantic import ValidationError
-from test_corpus_read import TEXTS, read_all, read_dropped
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.streams import BATCH_BYTES, BrokenInputError, read_blocks
 from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_jsonl
+from tests.worlds.corpus import SENTENCES, TEXTS, read_all, read_dropped, write_jsonl
 
 ROWS = [{"id": f"a-{i}", "text": text} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -4,12 +4,10 @@ import gzip
 import json
 
 import numpy as np
-import orjson
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from corpus_samples import SENTENCES, write_jsonl
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.build import build
@@ -17,24 +15,7 @@ from megatron_medllm.corpus.index import read_index
 from megatron_medllm.corpus.read import count_lines, read_piece
 from megatron_medllm.corpus.units import plan_units
 from megatron_medllm.errors import UserError
-
-TEXTS = [*SENTENCES, "改行\nのある文書", "末尾"]
-
-
-def read_all(path, *, chunk_bytes=1 << 20, **options):
-    source = SourceConfig(paths=str(path), **options)
-    units = plan_units("s", source, first_number=0, chunk_bytes=chunk_bytes)
-    batches = [batch for unit in units for piece in unit.pieces for batch in read_piece(piece, source)]
-    return (
-        [text for batch in batches for text in batch.texts],
-        [bad for batch in batches for bad in batch.bad],
-        [identifier for batch in batches for identifier in batch.ids],
-    )
-
-
-def read_dropped(output):
-    with open(output / "dropped.jsonl.zst", "rb") as stream:
-        return [orjson.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(stream).read().splitlines()]
+from tests.worlds.corpus import SENTENCES, TEXTS, read_all, read_dropped, write_jsonl
 
 
 def test_formats_agree(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_samples import SENTENCES, contents, write_jsonl
+from tests.worlds.corpus import SENTENCES, contents, write_jsonl
 
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus import build as building

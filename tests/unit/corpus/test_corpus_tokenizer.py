@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from corpus_samples import FUZZ, SENTENCES
 
 from megatron_medllm.corpus import tokenizer as room
 from megatron_medllm.corpus.index import read_index
@@ -20,6 +19,7 @@ from megatron_medllm.corpus.inspect import inspect
 from megatron_medllm.corpus.tokenizer import Encoders, choose_backend, describe_tokenizer, load_encoder
 from megatron_medllm.corpus.worker import Job, encode_fast, start_worker
 from megatron_medllm.errors import UserError
+from tests.worlds.corpus import FUZZ, SENTENCES
 
 PATTERN = r"\p{L}+|\p{N}{1,3}|[^\p{L}\p{N}]+"
 
@@ -65,8 +65,8 @@ def choose(facts):
 def test_disagreement_means_the_reference(tokenizer_dir, monkeypatch):
     facts = describe_tokenizer(str(tokenizer_dir))
     assert choose(facts)[0] == "fastokens"
-    honest = room._fastokens_encoder
-    monkeypatch.setattr(room, "_fastokens_encoder", lambda path: lambda texts: honest(path)([t + "。" for t in texts]))
+    honest = room.fastokens_encoder
+    monkeypatch.setattr(room, "fastokens_encoder", lambda path: lambda texts: honest(path)([t + "。" for t in texts]))
     assert choose(facts) == (
         "tokenizers",
         "fastokens' ids differ on a sample of 5 texts",
@@ -77,7 +77,7 @@ def test_library_that_cannot_load_is_told(tokenizer_dir, monkeypatch):
     def fail(path):
         raise ValueError("unsupported model")
 
-    monkeypatch.setattr(room, "_fastokens_encoder", fail)
+    monkeypatch.setattr(room, "fastokens_encoder", fail)
     facts = describe_tokenizer(str(tokenizer_dir))
     assert choose(facts) == (
         "tokenizers",

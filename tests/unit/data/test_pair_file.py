@@ -143,7 +143,7 @@ def frames(data: bytes) -> bytes:
         ("p.json", TEXT),
         ("p.jsonl.gz", gzip.compress(TEXT, mtime=0)),
         ("p.json.gz", gzip.compress(b"\xef\xbb\xbf" + ARRAY, mtime=0)),
-        ("p.jsonl", gzip.compress(TEXT[:70], mtime=0) + gzip.compress(TEXT[70:], mtime=0)),  # by content, whatever the name
+        ("p.jsonl", gzip.compress(TEXT[:70], mtime=0) + gzip.compress(TEXT[70:], mtime=0)),  # by content
         ("p.jsonl.zst", zstandard.compress(TEXT)),
         ("p.jsonl.zst", frames(TEXT)),
     ],

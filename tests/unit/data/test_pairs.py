@@ -116,7 +116,7 @@ def test_identical_and_nearly_identical_answers_are_dropped(tokenizer_dir, tmp_p
         {"prompt": "q", "chosen": "a b c x", "rejected": "a b c y"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     )
-    strict = config(path, rpo_guard={"min_edit_distance": 0.3})
+    strict = config(path, filters={"min_edit_distance": 0.3})
     assert load_pairs(strict, tokenizer_dir, cut_length=64).dropped == [
         (0, "answers identical"),
         (1, "answers nearly identical"),

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint
 
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, PromptConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.compare import compare, compare_markdown
+from megatron_medllm.evaluation.compare import compare_evaluations, compare_markdown
 from megatron_medllm.evaluation.run import run_exam
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.prompts import MODES
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.storage import read_json, read_jsonl
+from tests.worlds.exam import ScriptedEndpoint
 
 # What the script answers, by a piece of the question: answer only, explained.
 ANSWERS = {
@@ -203,7 +203,7 @@ def test_bad_configurations(exam_dir: Path, tmp_path: Path) -> None:
 def test_compare(finished: tuple[dict, Path], exam_dir: Path, tmp_path: Path) -> None:
     with ScriptedEndpoint(lambda body: "答え: b") as server:
         run_exam(config(exam_dir, server.url), Path("m"), tmp_path / "always-b")
-    comparison = compare([finished[1], tmp_path / "always-b"], resamples=200)
+    comparison = compare_evaluations([finished[1], tmp_path / "always-b"], resamples=200)
     assert [(row["mode"], row["points"]) for row in comparison["rows"]][2:] == [("answer_only", 5), ("explained", 5)]
     assert comparison["published"] == []  # the literature's rows belong to IgakuQA
     short, explained = comparison["differences"]
@@ -213,7 +213,7 @@ def test_compare(finished: tuple[dict, Path], exam_dir: Path, tmp_path: Path) ->
     text = compare_markdown(comparison)
     assert "| always-b | answer_only | 4 | 1 | 5/10 |" in text
     with pytest.raises(UserError, match=r"holds no summary\.json"):
-        compare([tmp_path])
+        compare_evaluations([tmp_path])
 
 
 class LongEndpoint(ScriptedEndpoint):

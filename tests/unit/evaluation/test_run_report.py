@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint
 from rich.console import Console
 
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, PromptConfig
@@ -19,6 +18,7 @@ from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.pages.curves import Line, line_chart, smoothed, smoothing_window, thinned
 from megatron_medllm.pages.numbers import seconds_text
 from megatron_medllm.storage import read_json, write_json, write_jsonl
+from tests.worlds.exam import ScriptedEndpoint
 
 
 def first_right(right: int, *, of: int) -> list[bool]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.evaluation.compare import _published_rows
+from megatron_medllm.evaluation.compare import published_rows
 from megatron_medllm.evaluation.score_file import score_markdown, score_predictions
 from megatron_medllm.exams.loading import load_exam
 
@@ -80,7 +80,7 @@ def test_all_of_igakuqa_answered_right(shared_data: Path, tmp_path: Path) -> Non
 
 
 def test_published_rows_add_up() -> None:
-    rows = {row["name"]: row for row in _published_rows("igakuqa")}
+    rows = {row["name"]: row for row in published_rows("igakuqa")}
     ours = rows["Preferred-MedLLM-Qwen-72B (published)"]
     assert (ours["points"], ours["possible"]) == (2156, 2485)
     assert ours["points_rate"] == pytest.approx(0.868, abs=5e-4)

@@ -1,13 +1,14 @@
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint, write_tiny_model
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.answer_log import Answers, answer_requests
 from megatron_medllm.inference.model_files import model_digest
 from megatron_medllm.inference.protocol import Request
+from tests.worlds.exam import ScriptedEndpoint
+from tests.worlds.model_dir import write_tiny_model
 
 
 def ask(url: str, requests: list[Request], log: Path) -> Answers:

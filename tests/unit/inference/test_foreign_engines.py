@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from exam_world import ScriptedEndpoint
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import open_engine
 from megatron_medllm.inference.protocol import Request
+from tests.worlds.exam import ScriptedEndpoint
 
 STAND_IN = """
 import os, sys

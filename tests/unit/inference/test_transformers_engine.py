@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.protocol import Request, cut_at_stop, request_seed
-from megatron_medllm.inference.transformers_engine import TransformersEngine, _choose, _nucleus
+from megatron_medllm.inference.transformers_engine import TransformersEngine, choose_tokens, keep_nucleus
 
 PROMPTS = [
     "ソラ病の主症状はどれか。",
@@ -59,7 +59,7 @@ def test_rows_end_at_end_of_text(tiny_model: Path, alone: dict[str, list[int]]) 
     """Declare a token that some rows write to be end-of-text: those rows stop there, the others go on as before."""
     engine = TransformersEngine(EngineConfig(device="cpu"), tiny_model)
     end = alone[PROMPTS[0]][2]
-    engine._eos = [end]
+    engine.eos = [end]
     for done in engine.generate([Request(p, p, max_new_tokens=24) for p in PROMPTS]):
         ids = alone[done.request_id]
         kept = ids[: ids.index(end)] if end in ids else ids
@@ -81,14 +81,14 @@ def test_stop_text_is_cut_off(engine: TransformersEngine) -> None:
 def script_tokens(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine, text: str) -> list[int]:
     """Make the model write `text` after every prompt, whatever it would choose; its token ids."""
     ids = engine.tokenizer.encode(text)
-    forward, steps = TransformersEngine._forward, iter(ids)
+    forward, steps = TransformersEngine.forward, iter(ids)
 
     def scripted(self: TransformersEngine, *arguments: torch.Tensor) -> torch.Tensor:
         logits = forward(self, *arguments)
         logits[:, next(steps)] = 1e9
         return logits
 
-    monkeypatch.setattr(TransformersEngine, "_forward", scripted)
+    monkeypatch.setattr(TransformersEngine, "forward", scripted)
     return ids
 
 
@@ -132,16 +132,16 @@ def test_inverse_transform_sampling_literal() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(5, 1)
     draws = np.array([0.0, 0.49, 0.51, 0.79, 0.81])
     request = Request("x", "x", temperature=1.0)
-    assert _choose(logits, [request] * 5, draws).tolist() == [0, 0, 1, 1, 2]
+    assert choose_tokens(logits, [request] * 5, draws).tolist() == [0, 0, 1, 1, 2]
     half = Request("x", "x", temperature=0.5)  # squares: 25, 9, 4 of 38
-    assert _choose(logits, [half] * 5, draws).tolist() == [0, 0, 0, 1, 1]
+    assert choose_tokens(logits, [half] * 5, draws).tolist() == [0, 0, 0, 1, 1]
     cold = Request("x", "x", temperature=0.0)
-    assert _choose(logits[:2], [cold, request], np.array([0.9, 0.9])).tolist() == [0, 2]
+    assert choose_tokens(logits[:2], [cold, request], np.array([0.9, 0.9])).tolist() == [0, 2]
 
 
 def test_nucleus_literal() -> None:
     probabilities = torch.tensor([[0.2, 0.5, 0.3]] * 3)
-    kept = _nucleus(probabilities, torch.tensor([0.5, 0.6, 1.0]))
+    kept = keep_nucleus(probabilities, torch.tensor([0.5, 0.6, 1.0]))
     assert kept.tolist() == [
         pytest.approx([0.0, 0.5, 0.0]),
         pytest.approx([0.0, 0.5, 0.3]),
@@ -153,7 +153,7 @@ def test_batches_respect_the_budget(tiny_model: Path) -> None:
     engine = TransformersEngine(EngineConfig(device="cpu", batch_size=4, batch_tokens=100), tiny_model)
     items = [(Request(str(n), "", max_new_tokens=10), [1] * n) for n in (5, 6, 7, 8, 20, 60, 200)]
     items.append((Request("long", "", max_new_tokens=11), [1] * 5))
-    sizes = [[len(ids) for _, ids in batch] for batch in engine._batches(items)]
+    sizes = [[len(ids) for _, ids in batch] for batch in engine.batches(items)]
     assert sizes == [[5, 6, 7, 8], [20], [60], [200], [5]]
 
 

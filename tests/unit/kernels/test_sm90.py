@@ -12,9 +12,9 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("kernels_sm90", REPOSITORY / "tools/kernels_sm90.py")
+    spec = importlib.util.spec_from_file_location("compiled_sm90", REPOSITORY / "tools/kernels/compiled_sm90.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels_sm90"] = module
+    sys.modules["compiled_sm90"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.launch import doctor as module
-from megatron_medllm.launch.doctor import Check, doctor, doctor_report, extra_check, failed, gpu_check
+from megatron_medllm.launch.doctor import Finding, doctor, doctor_report, extra_check, failed, gpu_check
 
 
-def test_this_machine_is_fit() -> None:
+def test_every_part_of_a_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ["torch>=2", "pydantic>=2", 'nothere>=1; extra == "vllm"']
+    monkeypatch.setattr(module.importlib.metadata, "requires", lambda _: declared)
     checks = {check.name: check for check in doctor(Path("."))}
     assert checks["python"].status == "ok"
-    assert checks["packages"].status == "ok", checks["packages"]
+    assert checks["packages"].status == "ok" and checks["packages"].found.startswith("2 requirements met")
     assert {"torch", "gpu", "transformer-engine", "apex", "triton", "bitsandbytes", "disk", "cpu", "slurm"} <= set(
         checks
     )
@@ -53,10 +55,9 @@ def test_gpus_are_counted_and_a_cpu_torch_beside_them_fails(monkeypatch: pytest.
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
     gpus = module.visible_gpus()
     assert gpu_check(gpus).found == f"2 x {line}"
-    import torch
-
-    if torch.version.cuda is None:
-        assert module.torch_check(gpus).status == "fail"
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert module.torch_check(gpus).status == "fail"
 
 
 def test_a_full_disk_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,5 +67,5 @@ def test_a_full_disk_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_report_puts_advice_below_its_finding() -> None:
-    text = doctor_report([Check("gpu", "note", "none", "use one"), Check("python", "ok", "3.11")])
+    text = doctor_report([Finding("gpu", "note", "none", "use one"), Finding("python", "ok", "3.11")])
     assert text.splitlines() == ["note  gpu     none", "              use one", "ok    python  3.11"]

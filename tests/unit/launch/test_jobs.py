@@ -36,6 +36,7 @@ from megatron_medllm.processes import ProcessId
 from megatron_medllm.recipe.stages import recipe_stages
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.signals import allotted_s
+from tests.worlds.model_dir import write_config
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit-cpt-72b.sbatch"
@@ -230,7 +231,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_dry_run_of_a_72b_recipe_is_the_golden_script(recipe: Path, tmp_path: Path) -> None:
-    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    run = load(recipe, ["model.size=null", "model.path=" + str(write_config(tmp_path, SIZES["72b"]))])
     assert run.cluster is not None
     jobs = recipe_jobs(run, recipe_stages(run, Path("/lustre/runs/cpt72/launch/config.yaml")), run.cluster)
     found = submit(run.run_dir, jobs, run.cluster, config_text="{}", dry_run=True)
@@ -242,7 +243,7 @@ def test_a_dry_run_of_a_72b_recipe_is_the_golden_script(recipe: Path, tmp_path: 
 
 
 def test_a_recipe_that_cannot_fit_is_refused_unless_forced(recipe: Path, tmp_path: Path) -> None:
-    overrides = ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))]
+    overrides = ["model.size=null", "model.path=" + str(write_config(tmp_path, SIZES["72b"]))]
     run = load(recipe, [*overrides, "layout.tp=2", "layout.pp=1", "layout.sp=false"])
     stages = recipe_stages(run, Path("config.yaml"))
     assert run.cluster is not None
@@ -258,7 +259,7 @@ def test_every_example_renders(example: Path, tmp_path: Path) -> None:
     overrides = [f"run_dir={tmp_path}/run", "data=inputs"]
     size = re.search(r"qwen2\.5-([\d.]+b)", example.name)
     if size is not None:
-        overrides += [f"model.path={_description(tmp_path, size[1])}", "model.size=null"]
+        overrides += [f"model.path={write_config(tmp_path, SIZES[size[1]])}", "model.size=null"]
     run = load(example, overrides)
     printed = submit_recipe(run, stages=None, dry_run=True, force=False)
     scripts = printed.split("# ---- ")[1:]
@@ -311,29 +312,6 @@ def test_every_start_of_a_job_meets_at_another_port(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
         ports.append(rendezvous_port())
     assert ports == [29998, 22024, 24050]
-
-
-def _tiny_description_of_72b(directory: Path) -> Path:
-    return _description(directory, "72b")
-
-
-def _description(directory: Path, size: str) -> Path:
-    """An HF directory that says it is the model of that size."""
-    shape = SIZES[size]
-    write_json(
-        directory / "config.json",
-        {
-            "model_type": "qwen2",
-            "num_hidden_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_key_value_heads": shape.num_query_groups,
-            "intermediate_size": shape.ffn_hidden_size,
-            "vocab_size": shape.vocab_size,
-            "tie_word_embeddings": shape.tie_embeddings,
-        },
-    )
-    return directory
 
 
 def test_a_node_without_disk_or_gpus_is_unfit(tmp_path: Path) -> None:
@@ -455,7 +433,7 @@ def test_a_node_ends_the_ranks_that_this_starts_verdict_names(tmp_path: Path, mo
 )
 def test_an_exam_asks_for_the_gpus_of_its_engine(recipe: Path, tmp_path: Path, engine: str, gpus: int) -> None:
     recipe.write_text(RECIPE + f"eval: {{exam: {{data: [/lustre/exam]}}, engine: {engine}}}\n")
-    run = load(recipe, ["model.size=null", "model.path=" + str(_tiny_description_of_72b(tmp_path))])
+    run = load(recipe, ["model.size=null", "model.path=" + str(write_config(tmp_path, SIZES["72b"]))])
     assert run.cluster is not None
     jobs = {job.name: job for job in recipe_jobs(run, recipe_stages(run, Path("c.yaml")), run.cluster)}
     assert [jobs[name].gpus_per_node for name in ("eval-base", "cpt", "eval-cpt")] == [gpus, 8, gpus]

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_medllm.checkpoint.hf_reader import load_hf_weights
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape
+from megatron_medllm.config.model import SIZES, ModelConfig
 from megatron_medllm.config.train import AdapterConfig, OptimizerConfig, TrainConfig
 from megatron_medllm.config.train import Fp8Recipe as Recipe
 from megatron_medllm.data.microbatch import MicroBatch
@@ -21,21 +21,14 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.train.one_step import forward_backward
-from tests.unit.checkpoint.twins import twin_shape, write_twin
-from tests.unit.models.tiny import CPU, build_tiny, documents, relative, run
+from tests.worlds.model import CPU, build_tiny, documents, relative, run
+from tests.worlds.model_dir import twin_shape, write_twin
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 FFN = 200  # built 256 wide
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    ffn_hidden_size=FFN,
-    vocab_size=64,
-    tie_embeddings=True,
-)
+SHAPE = tiny_shape(num_layers=2, hidden_size=128, ffn_hidden_size=FFN, vocab_size=64)
 STREAM = 128
 IDS = torch.arange(24) * 7 % 64
 
@@ -218,13 +211,13 @@ def test_slices_that_are_not_whole_blocks_are_refused():
 
 
 def test_recipes_and_backends():
-    from megatron_medllm.models.config import _te_fp8
+    from megatron_medllm.models.config import te_fp8_fields
 
     te, ours = (ModelConfig(size="7b", backend=backend) for backend in ("te", "torch"))
-    assert _te_fp8(te, None) == _te_fp8(ours, None) == _te_fp8(ours, "blockwise") == {}
-    assert _te_fp8(te, "blockwise") == {"fp8": "e4m3", "fp8_recipe": "blockwise"}
-    assert _te_fp8(te, "delayed") == {"fp8": "hybrid", "fp8_recipe": "delayed"}
-    assert _te_fp8(te, "tensorwise") == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    assert te_fp8_fields(te, None) == te_fp8_fields(ours, None) == te_fp8_fields(ours, "blockwise") == {}
+    assert te_fp8_fields(te, "blockwise") == {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+    assert te_fp8_fields(te, "delayed") == {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    assert te_fp8_fields(te, "tensorwise") == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     with pytest.raises(UserError, match=r"fp8_recipe=delayed needs model\.backend=te"):
         build_tiny(SHAPE, fp8="delayed")
 
@@ -234,10 +227,10 @@ def test_recipes_are_megatrons():
     from megatron.core.enums import Fp8Recipe
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_medllm.models.config import _te_fp8
+    from megatron_medllm.models.config import te_fp8_fields
 
     for recipe in get_args(Recipe):
-        settings = _te_fp8(ModelConfig(size="7b", backend="te"), recipe)
+        settings = te_fp8_fields(ModelConfig(size="7b", backend="te"), recipe)
         config = TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=1, **settings)
         assert Fp8Recipe(config.fp8_recipe) == recipe
 

@@ -10,23 +10,18 @@ from torch.nn.functional import log_softmax
 
 from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import SIZES, ModelConfig, ModelShape, shape_from_hf_config
+from megatron_medllm.config.model import SIZES, ModelConfig, shape_from_hf_config
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel.packed import Segment
-from tests.unit.checkpoint.twins import config_json
-from tests.unit.models.tiny import build_tiny, documents, gradients, relative, run
+from tests.worlds.model import build_tiny, documents, gradients, relative, run
+from tests.worlds.model_dir import write_config
+from tests.worlds.shapes import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 # GQA 7:1 as in 0.5B and 7B; untied, so that the embedding's gradient comes from the input alone.
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=56,
-    num_attention_heads=14,
-    num_query_groups=2,
-    ffn_hidden_size=96,
-    vocab_size=150,
-    tie_embeddings=False,
+SHAPE = tiny_shape(
+    num_layers=2, hidden_size=56, num_attention_heads=14, ffn_hidden_size=96, vocab_size=150, tie_embeddings=False
 )
 LENGTHS = (9, 30, 1, 12, 28)  # two batches of similar length, a document of one token
 IDS = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:80]  # no token twice
@@ -186,18 +181,14 @@ def test_one_place_translates_the_shape_to_megatron():
     assert config.overlap_p2p_comm and not config.batch_p2p_comm and not config.deallocate_pipeline_outputs
 
 
-def write_config(directory: Path, **changes: object) -> Path:
-    config = config_json(SIZES["7b"]) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return directory
-
-
 def test_both_spellings_of_a_hugging_face_config(tmp_path: Path):
-    spelled_by_4 = shape_from_hf_config(write_config(tmp_path, use_sliding_window=False, sliding_window=131072))
+    spelled_by_4 = shape_from_hf_config(
+        write_config(tmp_path, SIZES["7b"], use_sliding_window=False, sliding_window=131072)
+    )
     new = {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "dtype": "bfloat16"}
-    spelled_by_5 = shape_from_hf_config(write_config(tmp_path, rope_theta=None, torch_dtype=None, **new))
+    spelled_by_5 = shape_from_hf_config(write_config(tmp_path, SIZES["7b"], rope_theta=None, torch_dtype=None, **new))
     assert spelled_by_4 == spelled_by_5 == SIZES["7b"]
-    assert shape_from_hf_config(write_config(tmp_path, rope_theta=None)).rotary_base == 10_000.0
+    assert shape_from_hf_config(write_config(tmp_path, SIZES["7b"], rope_theta=None)).rotary_base == 10_000.0
 
 
 @pytest.mark.parametrize(
@@ -250,7 +241,7 @@ def test_both_spellings_of_a_hugging_face_config(tmp_path: Path):
 )
 def test_models_that_are_not_qwen25_are_refused(tmp_path: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message) as caught:
-        shape_from_hf_config(write_config(tmp_path, **changes))
+        shape_from_hf_config(write_config(tmp_path, SIZES["7b"], **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -275,9 +266,9 @@ def test_a_config_that_is_no_object(tmp_path: Path, config: object):
     ids=str,
 )
 def test_spellings_of_the_same_model(tmp_path: Path, changes: dict):
-    assert shape_from_hf_config(write_config(tmp_path, **changes)) == SIZES["7b"]
+    assert shape_from_hf_config(write_config(tmp_path, SIZES["7b"], **changes)) == SIZES["7b"]
 
 
 def test_rope_nested_by_kind_of_layer_is_read_as_transformers_reads_it(tmp_path: Path):
     nested = {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "rope_theta": None}
-    assert shape_from_hf_config(write_config(tmp_path, **nested)).rotary_base == 5e5
+    assert shape_from_hf_config(write_config(tmp_path, SIZES["7b"], **nested)).rotary_base == 5e5

@@ -18,7 +18,7 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch):
     import megatron.core
 
     monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
-    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(cpu, "installed", False)
     with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed; the CPU runtime knows 0\.16\.1 only"):
         cpu.install()
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from megatron_medllm.models.attention import _flash_varlen, _padded_sdpa
+from megatron_medllm.models.attention import flash_varlen, padded_sdpa
 from megatron_medllm.parallel.context import WHOLE, ContextSplit, gather_stream
-from megatron_medllm.parallel.packed import PackedSequences, Piece, Segment, cut_into_pieces
+from megatron_medllm.parallel.packed import PackedSequences, Segment, SegmentPiece, cut_into_pieces
 
 CPU = torch.device("cpu")
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -78,15 +78,20 @@ def test_chunks_cut_segments_into_pieces():
     """Of the queries that a chunk cuts out, keys are the prefix and the segment from its beginning."""
     first, second = (cut_into_pieces(SHARED, ContextSplit(rank, 2)) for rank in (0, 1))
     assert first == [  # tokens 0, 1 | 6, 7
-        [Piece(0, 2, ((0, 2),))],
-        [Piece(2, 4, ((3, 5), (6, 8)))],
+        [SegmentPiece(0, 2, ((0, 2),))],
+        [SegmentPiece(2, 4, ((3, 5), (6, 8)))],
     ]
     assert second == [  # tokens 2, 3 | 4, 5
-        [Piece(0, 1, ((0, 3),)), Piece(1, 2, ((3, 4),))],
-        [Piece(2, 3, ((3, 5),)), Piece(3, 4, ((3, 5), (5, 6)))],
+        [SegmentPiece(0, 1, ((0, 3),)), SegmentPiece(1, 2, ((3, 4),))],
+        [SegmentPiece(2, 3, ((3, 5),)), SegmentPiece(3, 4, ((3, 5), (5, 6)))],
     ]
     assert cut_into_pieces(SHARED, WHOLE) == [
-        [Piece(0, 3, ((0, 3),)), Piece(3, 5, ((3, 5),)), Piece(5, 6, ((3, 5), (5, 6))), Piece(6, 8, ((3, 5), (6, 8)))]
+        [
+            SegmentPiece(0, 3, ((0, 3),)),
+            SegmentPiece(3, 5, ((3, 5),)),
+            SegmentPiece(5, 6, ((3, 5), (5, 6))),
+            SegmentPiece(6, 8, ((3, 5), (6, 8))),
+        ]
     ]
 
 
@@ -159,13 +164,13 @@ def test_both_kernels_are_asked_for_the_same_attention(monkeypatch: pytest.Monke
     query = torch.randn(28, 6, 8, generator=generator)
     key, value = torch.randn(2, 28, kv_heads, 8, generator=generator)
     scale = 1 / math.sqrt(8)
-    expected = _padded_sdpa(query, key, value, pack(segments), scale)
+    expected = padded_sdpa(query, key, value, pack(segments), scale)
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
-    found = _flash_varlen(query, key, value, pack(segments), scale)
+    found = flash_varlen(query, key, value, pack(segments), scale)
     assert (found - expected).abs().max() < 1e-6
     for rank in (0, 1):  # with all keys, each rank's queries find what they find in the whole stream
         split = ContextSplit(rank, 2)
         own = torch.from_numpy(split.take(np.arange(28)))
-        for attend in (_padded_sdpa, _flash_varlen):
+        for attend in (padded_sdpa, flash_varlen):
             found = attend(query[own], key, value, pack(segments, split=split), scale)
             assert (found - expected[own]).abs().max() < 1e-6

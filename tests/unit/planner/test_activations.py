@@ -5,21 +5,14 @@ import pytest
 import torch
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig, ModelShape
+from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.planner.activations import head_gradient_bytes
 from megatron_medllm.planner.memory import activation_bytes
 from megatron_medllm.planner.workload import LORA_TARGETS, Mode, Workload
+from tests.worlds.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=4,
-    hidden_size=256,
-    num_attention_heads=8,
-    num_query_groups=2,
-    ffn_hidden_size=704,
-    vocab_size=1024,
-    tie_embeddings=False,
-)
+SHAPE = tiny_shape(hidden_size=256, num_attention_heads=8, ffn_hidden_size=704, vocab_size=1024, tie_embeddings=False)
 TOKENS = 512
 
 

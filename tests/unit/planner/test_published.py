@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_medllm.planner.published import ROWS, Published
+from tests.unit.planner.published import ROWS, Published
 
 
 def test_three_rows_calibrate_three_constants() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from exam_world import ScriptedEndpoint
 
 from megatron_medllm.config.exam import EngineConfig, ExamConfig, PromptConfig
 from megatron_medllm.config.pairs import FilterConfig, PairsConfig, SamplingConfig, TierWeights
 from megatron_medllm.errors import UserError
 from megatron_medllm.preference.pairs import build_pairs, training_questions
 from megatron_medllm.storage import read_json, read_jsonl
+from tests.worlds.exam import ScriptedEndpoint
 
 RIGHT = "症状から考えると、bが当てはまる。\n答え: b"
 WRONG = "眠気が主であるから、aと考えられる。\n答え: a"

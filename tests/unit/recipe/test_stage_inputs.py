@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exam_world import write_exam
 
 from megatron_medllm.config.run import RunConfig, load
 from megatron_medllm.errors import UserError
 from megatron_medllm.recipe.inputs import DigestMemory, Input, InputKind, input_digests, input_files
 from megatron_medllm.recipe.records import Parts, Record, recipe_parts
 from megatron_medllm.recipe.stages import recipe_stages
+from tests.worlds.exam import write_exam
 
 TRAINING = {
     "sequence_length": 64,
@@ -135,6 +135,8 @@ def test_a_changed_input_redoes_exactly_its_dependants(place: Path, tmp_path: Pa
         ({"checkpoint": {"every_steps": 7}, "log_every_steps": 5}, set()),
         ({"guard": {"walltime_s": 60}}, set()),
         ({"guard": {"loss_spike_factor": 3.0}}, AFTER_RPO),
+        ({"guard": {"max_margin": 5.0}}, AFTER_RPO),
+        ({"filters": {"min_edit_distance": 0.1}}, {"score"} | AFTER_RPO),
         ({"epochs": 2.0}, AFTER_RPO),
     ],
     ids=["watch", "checkpoint", "walltime", "spike factor", "epochs"],

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_medllm.planner import known_hardware as described
-from megatron_medllm.train.throughput import known_hardware
+from megatron_medllm.planner import known_hardware
+from megatron_medllm.train.throughput import hardware_of_device
 
 KNOWN = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100-sxm", "NVIDIA A100-SXM4-80GB": "a100-80g"}
 OTHERS = [
@@ -29,6 +29,6 @@ OTHERS = [
 @pytest.mark.parametrize(("name", "hardware"), [*KNOWN.items(), *((name, None) for name in OTHERS)])
 def test_a_device_is_known_by_its_whole_name(name: str, hardware: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert known_hardware(torch.device("cuda")) == hardware
-    assert known_hardware(torch.device("cpu")) is None
-    assert hardware is None or hardware in described()
+    assert hardware_of_device(torch.device("cuda")) == hardware
+    assert hardware_of_device(torch.device("cpu")) is None
+    assert hardware is None or hardware in known_hardware()

@@ -22,7 +22,7 @@ def test_ranks_that_asked_to_be_run_again_let_the_others_save(monkeypatch):
     monkeypatch.setattr(local_ranks, "SHUTDOWN_TIMEOUT_S", 0.0)
     saving = f"import time, sys; time.sleep(1.5); sys.exit({REQUEUE_EXIT_CODE})"
     ranks = [python(f"raise SystemExit({REQUEUE_EXIT_CODE})"), python(saving)]
-    assert local_ranks._wait(ranks) == REQUEUE_EXIT_CODE
+    assert local_ranks.wait_for_ranks(ranks) == REQUEUE_EXIT_CODE
     assert [rank.returncode for rank in ranks] == [REQUEUE_EXIT_CODE] * 2
 
 
@@ -30,9 +30,8 @@ def test_a_stopped_rank_does_not_outlive_one_that_failed(monkeypatch):
     monkeypatch.setattr(local_ranks, "SHUTDOWN_TIMEOUT_S", 0.5)
     stopped = python("import time; time.sleep(3600)")
     stopped.send_signal(signal.SIGSTOP)  # never sees SIGTERM
-    started = time.monotonic()
-    assert local_ranks._wait([python("raise SystemExit(3)"), stopped]) == 3
-    assert stopped.returncode == -signal.SIGKILL and time.monotonic() - started < 60
+    assert local_ranks.wait_for_ranks([python("raise SystemExit(3)"), stopped]) == 3
+    assert stopped.returncode == -signal.SIGKILL  # it would have slept for an hour
 
 
 def test_the_allotted_time_begins_where_the_training_did():

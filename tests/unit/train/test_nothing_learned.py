@@ -41,7 +41,7 @@ def test_the_zero_margin_allows_rounding_alone(dtype: str, tokens: float, margin
     )
     metrics = {"chosen_tokens": tokens / 2, "rejected_tokens": tokens / 2, "abs_margin": margin, "preference_loss": 0.7}
     if right:
-        RpoStep._check_start(step, metrics)
+        RpoStep.check_start(step, metrics)
     else:
         with pytest.raises(UserError, match="before the first update"):
-            RpoStep._check_start(step, metrics)
+            RpoStep.check_start(step, metrics)

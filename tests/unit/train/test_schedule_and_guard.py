@@ -42,10 +42,10 @@ def test_guard_skips_rolls_back_and_stops():
 
 
 def test_batch_ramp_grows_in_whole_rounds_and_uses_the_rows_once():
-    from megatron_medllm.train.cpt_step import _batch_sizes
+    from megatron_medllm.train.cpt_step import batch_sizes
 
     config = CptConfig(
         data=(DataSource(path="x"),), train_tokens=1, sequence_length=8, global_batch_size=8, batch_ramp_steps=3,
         optimizer=OptimizerConfig(lr=1.0),
     )  # fmt: skip
-    assert _batch_sizes(30, config, 2) == [2, 4, 6, 8, 8]
+    assert batch_sizes(30, config, 2) == [2, 4, 6, 8, 8]

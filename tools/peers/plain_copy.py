@@ -1,6 +1,6 @@
 """How long conversion takes, and in how much memory, beside a plain copy of the same bytes on the same disk.
 
-    PYTHONPATH=. python tools/bench_conversion.py --size 7b --work /big/disk/somewhere
+    PYTHONPATH=. python tools/peers/plain_copy.py --size 7b --work /big/disk/somewhere
 
 Makes a Hugging Face (HF) directory of a published size filled with random bytes, then measures, each in a process of
 its own and with the source dropped from the page cache: a copy (written through to the disk), `import_hf`,
@@ -73,9 +73,9 @@ def drop_from_cache(directory: Path) -> None:
 def measure(step: str, source: Path, target: Path, workers: int) -> dict:
     """Run one step in a process of its own: seconds, CPU seconds, peak resident memory in GiB."""
     drop_from_cache(source)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     started = time.perf_counter()
-    program = "import sys; from tools.bench_conversion import run_step; run_step(*sys.argv[1:])"
+    program = "import sys; from tools.peers.plain_copy import run_step; run_step(*sys.argv[1:])"
     command = [sys.executable, "-c", program, step, str(source), str(target), str(workers)]
     process = subprocess.Popen(command, env=environment)
     _, status, usage = os.wait4(process.pid, 0)

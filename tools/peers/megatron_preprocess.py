@@ -1,6 +1,6 @@
 """Throughput and memory of the corpus builder against a plain loop, printed and written to docs/benchmarks/corpus.md.
 
-    python tools/bench_corpus.py --data bench_ja_20mb.jsonl --tokenizer qwen2.5-tokenizer --exams igakuqa [--memory]
+    python tools/peers/megatron_preprocess.py --data FILE.jsonl --tokenizer DIR --exams igakuqa [--memory]
 
 The peer is what Megatron's preprocess_data.py does: `json.loads`, HF `tokenizers`' `encode` one document at a time,
 `IndexedDatasetBuilder.add_document`. Every run is a process of its own and fills its caches anew. A round runs each
@@ -214,7 +214,7 @@ def _page(arguments: argparse.Namespace, rows: list[str], memory: list[str], loa
         "",
         f"{cpu_model()}, {os.cpu_count()} cores (shared); Python {platform.python_version()}, {libraries}.",
         f"Input: {Path(arguments.data).name}, {os.path.getsize(arguments.data) / 1e6:.1f} MB; Qwen2.5's tokenizer. "
-        "Command: `python tools/bench_corpus.py --data … --tokenizer … --exams … --memory --output "
+        "Command: `python tools/peers/megatron_preprocess.py --data … --tokenizer … --exams … --memory --output "
         "docs/benchmarks/corpus.md`.",
         "",
         f"{arguments.rounds} rounds; a round runs each side once on one document and once on the whole input, in turn, "

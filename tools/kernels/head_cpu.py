@@ -1,6 +1,6 @@
 """Memory and CPU time of the head on a CPU: `fused_linear_logprob` against logits written out.
 
-Usage: python tools/bench_head.py [--tokens 2048] [--hidden 512] [--vocab 152064] [--repeats 3] [--document PATH]
+Usage: python tools/kernels/head_cpu.py [--tokens 2048] [--hidden 512] [--vocab 152064] [--repeats 3] [--document PATH]
 
 Every measurement is a process of its own. Memory is the growth of the process's peak (VmHWM, reset before) over what
 it held with the inputs made, so weight gradients count and inputs do not. CPU time is user + system time of all
@@ -25,7 +25,7 @@ from megatron_medllm.storage import atomic_write
 
 BASELINES = {"uniform": "written out", "general": "written out", "frozen": "written out, frozen", "score": None}
 VARIANTS = ("written out", "uniform", "general", "written out, frozen", "frozen", "score")
-# (least ratio of memory, greatest ratio of CPU time) against the logits written out, from the project's issue F
+# (least ratio of memory, greatest ratio of CPU time) against the logits written out
 TARGETS = {"uniform": (6.0, 1.05), "general": (6.0, 1.6), "frozen": (12.0, 1.05)}
 
 
@@ -139,7 +139,7 @@ upstream gradient. `uniform`: upstream gradient known up to a factor (CPT). `fro
 ratios are against the row of logits written out with the same parameters trained.
 
 {cpu_model()}, threads: {arguments.threads}, torch {torch.__version__}, Python {platform.python_version()}; least of
-{arguments.repeats} runs. Command: `python tools/bench_head.py --repeats {arguments.repeats} --document {path}`
+{arguments.repeats} runs. Command: `python tools/kernels/head_cpu.py --repeats {arguments.repeats} --document {path}`
 
 Load average at the end: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Where it is above the number of cores, wall
 times say nothing and CPU times are rough; memory is exact either way.

@@ -1,14 +1,20 @@
-"""Texts that try a corpus builder, and Megatron's own way of writing them."""
+"""Texts that try a corpus builder, what it reads and drops of them, and Megatron's own way of writing them."""
 
 import json
 import os
 from pathlib import Path
 
+import orjson
 import tokenizers
 import torch
+import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-SHARED = Path(os.environ.get("MEDLLM_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
+from megatron_medllm.config.corpus import SourceConfig
+from megatron_medllm.corpus.read import read_piece
+from megatron_medllm.corpus.units import plan_units
+
+SHARED = Path(os.environ.get("MEDLLM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 SENTENCES = [
     "高血圧症の患者に降圧薬を投与した。血圧は収縮期140mmHgから120mmHgへ下がった。",
@@ -68,3 +74,22 @@ def assert_same_bytes(ours, reference):
 def contents(output: Path) -> dict[str, bytes]:
     """The files of a built corpus, by name."""
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
+
+
+TEXTS = [*SENTENCES, "改行\nのある文書", "末尾"]
+
+
+def read_all(path, *, chunk_bytes=1 << 20, **options):
+    source = SourceConfig(paths=str(path), **options)
+    units = plan_units("s", source, first_number=0, chunk_bytes=chunk_bytes)
+    batches = [batch for unit in units for piece in unit.pieces for batch in read_piece(piece, source)]
+    return (
+        [text for batch in batches for text in batch.texts],
+        [bad for batch in batches for bad in batch.bad],
+        [identifier for batch in batches for identifier in batch.ids],
+    )
+
+
+def read_dropped(output):
+    with open(output / "dropped.jsonl.zst", "rb") as stream:
+        return [orjson.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(stream).read().splitlines()]

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for Hopper, on any machine, and tabulate what ptxas made of it.
 
-Usage: python tools/kernels_sm90.py [docs/benchmarks/kernels-sm90.md]
+Usage: python tools/kernels/compiled_sm90.py [docs/benchmarks/kernels-sm90.md]
 
 Triton carries ptxas and cuobjdump in its wheel, so no GPU and no CUDA toolkit are needed. A spill (STACK, LDL, STL), a
 missing wide load or a missing FP8 conversion is visible here; speed is not.
@@ -64,18 +64,17 @@ class Compiled:
 _EXP, _WIDE_LOAD, _WIDE_STORE, _TO_FP8 = "MUFU.EX2", "LDG.E.128", "STG.E.128", "SATFINITE.E4M3"
 _INTEGERS = dict.fromkeys(
     (
-        *("rows", "columns", "m", "k", "n", "h", "heads", "half"),
+        *("rows", "columns", "m", "k", "n", "heads", "half"),
         *("z_stride", "out_stride", "x_stride", "q_stride", "qt_stride", "w_stride", "token_stride", "head_stride"),
     ),
     "i32",
 )
-_FLOATS = dict.fromkeys(("inverse_temperature", "softcap", "eps"), "fp32")
 _POINTERS = {
     "target_ptr": "*i64",
     **dict.fromkeys(("stats_ptr", "lse_ptr", "grad_logprob_ptr", "grad_lse_ptr"), "*fp32"),
-    **dict.fromkeys(("s_ptr", "st_ptr", "inverse_rms_ptr", "cosines_ptr", "sines_ptr"), "*fp32"),
+    **dict.fromkeys(("s_ptr", "st_ptr", "cosines_ptr", "sines_ptr"), "*fp32"),
     **dict.fromkeys(("q_ptr", "qt_ptr"), "*fp8e4nv"),
-    **dict.fromkeys(("x_ptr", "w_ptr", "weight_ptr"), "*bf16"),
+    **dict.fromkeys(("x_ptr", "w_ptr"), "*bf16"),
 }
 _UNALIGNED = {"s_stride", "heads"}  # k / 128 and the heads on a rank need not be a multiple of 16
 
@@ -83,20 +82,16 @@ _UNALIGNED = {"s_stride", "heads"}  # k / 128 and the heads on a rank need not b
 def variants() -> Iterator[Variant]:
     """Every kernel in the forms that training at 7B and 72B launches."""
     for z in ("fp32", "bf16"):
-        for cap in (False, True):
-            constants = {"HAS_CAP": cap, "BLOCK": 4096}
-            name = f"{z} logits{', softcap' if cap else ''}"
-            yield Variant(
-                f"row_stats, {name}", head.row_stats_kernel, {"z_ptr": f"*{z}"}, constants, 8, (_EXP, _WIDE_LOAD)
-            )
-            yield Variant(
-                f"logits_gradient to bf16, {name}",
-                head.logits_gradient_kernel,
-                {"z_ptr": f"*{z}", "out_ptr": "*bf16"},
-                constants,
-                8,
-                (_EXP, _WIDE_LOAD, _WIDE_STORE),
-            )
+        types, constants = {"z_ptr": f"*{z}"}, {"BLOCK": 4096}
+        yield Variant(f"row_stats, {z} logits", head.row_stats_kernel, types, constants, 8, (_EXP, _WIDE_LOAD))
+        yield Variant(
+            f"logits_gradient to bf16, {z} logits",
+            head.logits_gradient_kernel,
+            {**types, "out_ptr": "*bf16"},
+            constants,
+            8,
+            (_EXP, _WIDE_LOAD, _WIDE_STORE),
+        )
     for columns in (False, True):
         both, rows, warps = (", rows and columns", 128, 8) if columns else (", rows", 32, 4)
         for power_of_two in (False, True):
@@ -106,14 +101,6 @@ def variants() -> Iterator[Variant]:
             yield Variant(
                 f"quantize_activation{both}{scale}", fp8.quantize_activation_kernel, {}, constants, warps, expected
             )
-            yield Variant(
-                f"swiglu_quantize{both}{scale}", fp8.swiglu_quantize_kernel, {}, constants, warps, (*expected, _EXP)
-            )
-    for hidden, blocks in ((3584, 32), (8192, 64)):
-        constants = {"POWER_OF_TWO": False, "BLOCKS": blocks}
-        yield Variant(
-            f"rmsnorm_quantize, h {hidden}", fp8.rmsnorm_quantize_kernel, {}, constants, 8, (_WIDE_LOAD, _TO_FP8)
-        )
     types = {"s_stride": "i32"}
     yield Variant(
         "quantize_weight", fp8.quantize_weight_kernel, types, {"POWER_OF_TWO": False}, 8, (_WIDE_LOAD, _TO_FP8)
@@ -128,7 +115,7 @@ def variants() -> Iterator[Variant]:
 def compile_variant(variant: Variant) -> Compiled:
     """Compile for sm_90 and read registers, stack, shared memory and instructions from the cubin."""
     names = variant.kernel.arg_names
-    known = {**_POINTERS, **_INTEGERS, **_FLOATS, **variant.types}
+    known = {**_POINTERS, **_INTEGERS, **variant.types}
     signature = {name: "constexpr" if name in variant.constants else known[name] for name in names}
     aligned = [
         (position,)
@@ -169,8 +156,8 @@ def write_table(path: Path, results: list[Compiled]) -> None:
         "",
         f"Triton {triton.__version__} and the ptxas in its wheel; no GPU involved. Registers are per thread (65,536 a "
         "multiprocessor, 255 a thread), shared memory per block (limit 227 KiB). Made by "
-        "`python tools/kernels_sm90.py docs/benchmarks/kernels-sm90.md`; the tests compile the same and fail on a "
-        "spill, on too much shared memory and where an expected instruction is missing.",
+        "`python tools/kernels/compiled_sm90.py docs/benchmarks/kernels-sm90.md`; the tests compile the same and fail "
+        "on a spill, on too much shared memory and where an expected instruction is missing.",
         "",
         "None of these kernels multiplies matrices: GEMMs are cuBLAS (`torch.mm` with fp32 output, `scaled_mm`), so "
         "no wgmma is expected. What is: 128-bit loads and stores, hardware exp (MUFU.EX2), and the saturating "

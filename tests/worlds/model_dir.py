@@ -49,6 +49,14 @@ def config_json(shape: ModelShape, dtype: str = "bfloat16") -> dict:
     }
 
 
+def write_config(hf_dir: Path, shape: ModelShape, **changes: object) -> Path:
+    """`config.json` alone, with changes; a key set to None is left out."""
+    hf_dir.mkdir(parents=True, exist_ok=True)
+    config = config_json(shape) | changes
+    (hf_dir / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return hf_dir
+
+
 def random_tensors(shape: ModelShape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights large enough that every one of them shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,9 +69,8 @@ def random_tensors(shape: ModelShape, *, dtype: torch.dtype = torch.bfloat16, se
 
 def write_twin(hf_dir: Path, shape: ModelShape, *, dtype: torch.dtype = torch.bfloat16, shards: int = 2) -> Path:
     """An HF directory of random weights in `shards` safetensors files."""
-    hf_dir.mkdir(parents=True)
+    write_config(hf_dir, shape, torch_dtype=str(dtype).removeprefix("torch."))
     tensors = random_tensors(shape, dtype=dtype)
-    (hf_dir / "config.json").write_text(json.dumps(config_json(shape, str(dtype).removeprefix("torch."))))
     if shards == 1:
         save_file(tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
         return hf_dir
@@ -89,3 +96,41 @@ def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     for name in left:
         assert left[name].dtype == right[name].dtype, name
         assert torch.equal(left[name], right[name]), name
+
+
+def write_tiny_model(directory: Path, *, texts: list[str] | None = None, vocab_size: int = 400, seed: int = 0) -> Path:
+    """A random two-layer Qwen2 with a byte-level tokenizer of its own, saved as an HF directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from tests.worlds.exam import QUESTIONS
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts or [row[1] for row in QUESTIONS], trainer)
+    torch.manual_seed(seed)
+    # Wide weights: the likeliest token leads clearly, so that rounding cannot change a greedy answer.
+    config = Qwen2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    return directory

@@ -18,17 +18,12 @@ class HeadCase:
     upstream: Tensor
     upstream_lse: Tensor
     valid: int
-    temperature: float = 1.0
-    softcap: float | None = None
 
     def expect(self, *, with_lse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(log-probs, log-sum-exp, d hidden, d weight) in float64, logits made in full."""
         hidden = self.hidden.double().requires_grad_()
         weight = self.weight.double().requires_grad_()
         logits = hidden @ weight[: self.valid].t()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits / self.temperature
         counted = self.target != IGNORED
         lse = torch.logsumexp(logits, -1) * counted
         picked = torch.log_softmax(logits, -1).gather(1, self.target.clamp_min(0)[:, None])[:, 0] * counted
@@ -46,8 +41,6 @@ def make_case(
     vocab: int = 203,
     padding: int = 5,
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
-    softcap: float | None = None,
     ignored: str = "some",
     seed: int = 0,
 ) -> HeadCase:
@@ -66,8 +59,6 @@ def make_case(
         upstream=torch.randn(tokens, generator=generator),
         upstream_lse=torch.randn(tokens, generator=generator),
         valid=vocab,
-        temperature=temperature,
-        softcap=softcap,
     )
 
 

@@ -76,7 +76,7 @@ def rpo_settings(model: Path, pairs: Path, run_dir: Path, *, layout: dict | None
         "micro_batch_size": 2,
         "global_batch_size": 8,
         "optimizer": {"lr": 1e-3, "warmup_ratio": 0.0, "schedule": "constant"},
-        "rpo_guard": {"max_margin": 1e5},
+        "guard": {"max_margin": 1e5},
     }
     return {
         "run_dir": str(run_dir),

@@ -1,7 +1,7 @@
 """Peers at 7B on one GPU, under ten minutes: HF + peft + Liger in continued pretraining, TRL's DPOTrainer in RPO.
 
-Usage: python tools/bench_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150] [--rows PART ...]
-       python tools/bench_7b.py --out rows.jsonl --tiny      the same code end to end on a tiny model, on a CPU too
+Usage: python tools/peers/liger_trl_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150] [--rows PART ...]
+       python tools/peers/liger_trl_7b.py --out rows.jsonl --tiny   the same code on a tiny model, on a CPU too
 
 Models have the shape of Qwen2.5-7B (152,064 words, untied) and random weights made on the GPU in bf16; LoRA of rank 16
 on all linears, SDPA. `cpt` rows: a bare loop (peft, bf16 adapters, Liger's RoPE, RMSNorm, SwiGLU and fused linear CE,

@@ -1,4 +1,4 @@
-"""tools/bench_h200.py runs from end to end on tiny shapes, and its verdicts say what the figures say."""
+"""tools/kernels/one_gpu.py runs from end to end on tiny shapes, and its verdicts say what the figures say."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[3]
-TOOL = REPOSITORY / "tools/bench_h200.py"
+TOOL = REPOSITORY / "tools/kernels/one_gpu.py"
 
 
 def test_tiny_run(tmp_path: Path):
@@ -33,9 +33,9 @@ def test_tiny_run(tmp_path: Path):
 
 
 def test_verdicts():
-    spec = importlib.util.spec_from_file_location("bench_h200", TOOL)
+    spec = importlib.util.spec_from_file_location("one_gpu", TOOL)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_h200"] = module
+    sys.modules["one_gpu"] = module
     spec.loader.exec_module(module)
     at = {"section": "head", "model": "7B", "tokens": 8192}
     rows = [

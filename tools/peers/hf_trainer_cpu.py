@@ -1,7 +1,7 @@
 """Continued pretraining on a CPU: speed and memory beside Hugging Face's Trainer, and what replay keeps.
 
-Usage: python tools/bench_cpt.py speed [--steps 3] [--repeats 2] [--threads 1] [--json PATH]
-       python tools/bench_cpt.py forgetting --data DIR [--json PATH]
+Usage: python tools/peers/hf_trainer_cpu.py speed [--steps 3] [--repeats 2] [--threads 1] [--json PATH]
+       python tools/peers/hf_trainer_cpu.py forgetting --data DIR [--json PATH]
 
 `speed`: one Qwen2 model with the real vocabulary of 151,936 words, the same weights, documents, rows of 1,024 tokens,
 micro-batches of one row, steps of two, AdamW in fp32. Every measurement is a process of its own, ours and theirs in

@@ -1,4 +1,4 @@
-"""An invented three-year exam, a tiny Qwen2, and a scripted endpoint: what the exam and pair tests run on."""
+"""An invented three-year exam, and a scripted endpoint that answers it."""
 
 import json
 import threading
@@ -71,43 +71,6 @@ def write_exam(directory: Path) -> Path:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     metadata = {"problem_id": "900A2", "category": "薬理", "kinki": ["de"], "reason": "", "human_accuracy": "87.5"}
     (directory / "2001" / "900-A_metadata.jsonl").write_text(json.dumps(metadata, ensure_ascii=False) + "\n")
-    return directory
-
-
-def write_tiny_model(directory: Path, *, texts: list[str] | None = None, vocab_size: int = 400, seed: int = 0) -> Path:
-    """A random two-layer Qwen2 with a byte-level tokenizer of its own, saved as an HF directory."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts or [row[1] for row in QUESTIONS], trainer)
-    torch.manual_seed(seed)
-    # Wide weights: the likeliest token leads clearly, so that rounding cannot change a greedy answer.
-    config = Qwen2Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.4,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
     return directory
 
 

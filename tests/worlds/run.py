@@ -13,17 +13,9 @@ from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.corpus.build import build
 from megatron_medllm.demo.world import generate
+from tests.worlds.shapes import SHAPE
 
-REPOSITORY = Path(__file__).parents[1]
-SHAPE = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "ffn_hidden_size": 64,
-    "vocab_size": 1280,
-    "tie_embeddings": True,
-}
+REPOSITORY = Path(__file__).parents[2]
 SMALL_WORLD = DemoConfig(
     diseases=16, known_diseases=6, towns=8, base_documents=300, medical_documents=300, exam_questions=24,
     development_questions=12, train_questions=24, vocab_size=700,

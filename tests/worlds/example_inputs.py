@@ -7,22 +7,21 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from tests.exam_world import write_exam
+from megatron_medllm.config.model import SIZES
+from tests.worlds.exam import write_exam
+from tests.worlds.model_dir import write_config
 
 EOD_ID = 151643  # Qwen2.5's
-# (layers, hidden, heads, KV heads, FFN, vocabulary) of the published config.json files.
-QWEN = {
-    "0.5B": (24, 896, 14, 2, 4864, 151936),
-    "7B": (28, 3584, 28, 4, 18944, 152064),
-    "72B": (80, 8192, 64, 8, 29568, 152064),
-}
 DOCUMENTS = 8
 
 
 def write_example_inputs(data: Path) -> Path:
     """Fill `data` for any of the example recipes."""
-    for size, shape in QWEN.items():
-        write_model(data / f"Qwen2.5-{size}", shape)
+    for size in ("0.5B", "7B", "72B"):
+        # Without weights, which nothing before training reads.
+        folder = data / f"Qwen2.5-{size}"
+        write_tokenizer(folder)
+        write_config(folder, SIZES[size.lower()], max_position_embeddings=131072, eos_token_id=None)
     write_tokenizer(data / "qwen2.5-tokenizer")
     # Two files each, so that the recipes' globs have something to match.
     names = [f"{folder}/part-{part}.jsonl" for folder in ("medical", "general") for part in range(2)]
@@ -47,20 +46,6 @@ def write_texts(path: Path, *, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = ["".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(80)) for _ in range(DOCUMENTS)]
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-
-
-def write_model(folder: Path, shape: tuple[int, ...]) -> None:
-    """A Hugging Face folder without weights, which nothing before training reads."""
-    write_tokenizer(folder)
-    layers, hidden, heads, groups, ffn, vocabulary = shape
-    config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocabulary,
-        "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": hidden == 896,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -5,7 +5,7 @@ as rejected. Every row of the table is a process of its own, all on the same thr
 A pair's tokens are counted once for all rows, as two documents without padding, so tokens/s compare pairs per second.
 Rows already measured in --work are not measured again.
 
-    python tools/bench_rpo.py --data DIR --document docs/benchmarks/rpo.md
+    python tools/peers/trl_dpo_cpu.py --data DIR --document docs/benchmarks/rpo.md
 """
 
 import argparse
@@ -48,7 +48,7 @@ RIVALS = {
 
 def main() -> int:
     """Measure the rows that are missing, print the table, write the document where asked."""
-    default_data = Path(__file__).parents[2] / "shared" / "data"
+    default_data = Path(__file__).parents[3] / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDLLM_SHARED_DATA", default_data)))
     parser.add_argument("--batch", type=int, default=8, help="pairs a step; 8 is TRL's default for one pass")
@@ -415,7 +415,7 @@ and AdamW's moments, alike on both sides.
 {cpu_model()}, {os.cpu_count()} virtual cores, threads: {arguments.threads}, torch {torch.__version__},
 TRL {trl.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}. "Load" is the load
 average at the end of a row; above the number of cores, wall times say little and CPU times are rough. Command:
-`python tools/bench_rpo.py --batch {arguments.batch} --steps {arguments.steps} --document {path}`
+`python tools/peers/trl_dpo_cpu.py --batch {arguments.batch} --steps {arguments.steps} --document {path}`
 
 """
     marker = "\n## "

@@ -1,6 +1,6 @@
 """Host memory that a save adds to each rank, measured over gloo beside the plan.
 
-    python tools/bench_save_memory.py [--dp 1 2 4] [--hidden-size 512] [--output save-memory.json]
+    python tools/save_memory.py [--dp 1 2 4] [--hidden-size 512] [--output save-memory.json]
 
 Every rank builds the same model with Megatron-Core's distributed optimizer, takes a step, saves once in the background
 and once not, and watches its anonymous memory (RssAnon) while it does. glibc is told to give freed memory back at once,

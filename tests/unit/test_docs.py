@@ -1,0 +1,147 @@
+"""The documentation agrees with the repository: links, file names, the menu, printed tables, length of sentences."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+# The log names files as they were on the day of the entry.
+OF_TODAY = [page for page in PAGES if page.name != "LOG.md"]
+# Benchmarks give figures with their circumstances, which may take longer sentences.
+GUIDES = [page for page in OF_TODAY if page.parent.name != "benchmarks"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_PATH = re.compile(r"(?<![\w./{}*…-])((?:[\w-]+/)+[\w.-]+\.(?:py|md|sh|yaml|sbatch|toml))\b")
+_PLACES = (ROOT, ROOT / "megatron_medllm", ROOT / "tests", DOCS, DOCS / "benchmarks")
+# Names that stand for the reader's own files, other projects' and those that a run makes.
+_NOT_OURS = re.compile(r"^(https?|runs|build|home|data|RUN|DIR|NAME)\b|NAME|^[A-Z_]+/")
+_LONGEST_SENTENCE = 30
+
+
+def prose(text: str) -> str:
+    return _FENCE.sub("", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def sentences(text: str) -> list[str]:
+    """Of a Markdown text: headings, list items, cells and paragraphs each begin a new one."""
+    lines = [f"\n\n{line}\n\n" if line.startswith("#") else line for line in prose(text).splitlines()]
+    lines = [re.sub(r"^([-*]|\d+\.)\s+", "\n\n", line) for line in lines]
+    lines = ["\n\n".join(line.split("|")) if line.startswith("|") else line for line in lines]
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    return [
+        sentence
+        for block in re.split(r"\n\s*\n", plain)
+        for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?]\*\*)\s+", " ".join(block.split()))
+    ]
+
+
+def too_long(text: str) -> list[str]:
+    return [sentence for sentence in sentences(text) if len(sentence.split()) > _LONGEST_SENTENCE]
+
+
+def dead_links(page: Path) -> list[str]:
+    found = []
+    for target in _LINK.findall(prose(page.read_text(encoding="utf-8"))):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# A heading\n")
+    page = tmp_path / "a.md"
+    page.write_text("[x](b.md) [y](b.md#a-heading) [z](c.md) [w](b.md#another)\n```\n[code](d.md)\n```\n")
+    assert dead_links(page) == ["c.md", "b.md#another"]
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    named = [name for name in _PATH.findall(page.read_text(encoding="utf-8")) if not _NOT_OURS.search(name)]
+    assert [name for name in named if not any((place / name).exists() for place in _PLACES)] == []
+
+
+def test_the_menu_names_every_page_once() -> None:
+    def leaves(node: object) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        return [leaf for part in (node.values() if isinstance(node, dict) else node) for leaf in leaves(part)]
+
+    menu = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(menu) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_sentence_is_too_long(page: Path) -> None:
+    assert too_long(page.read_text(encoding="utf-8")) == []
+
+
+def test_long_sentences_are_found_in_prose_lists_and_cells() -> None:
+    long = "word " * 31
+    text = f"Short. {long}.\n\n- {long}\n\n| cell | {long} |\n\n```\n{long}\n```\n# {'word ' * 20}\n{'word ' * 20}\n"
+    assert len(too_long(text)) == 3
+
+
+def test_the_readme_fits_on_three_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 3 * 40
+
+
+@pytest.mark.parametrize(
+    ("page", "section", "at_least"),
+    [("CONTRIBUTING.md", "The reader's test", 5), ("docs/architecture.md", "Where decisions are made", 2)],
+)
+def test_readers_find_the_functions_that_a_page_points_to(page: str, section: str, at_least: int) -> None:
+    table = (ROOT / page).read_text(encoding="utf-8").split(f"## {section}")[1].split("\n## ")[0]
+    answers = re.findall(r"`([\w/]+\.py)`: `(\w+)`", table)
+    assert len(answers) >= at_least
+    for file, name in answers:
+        source = next(place / file for place in _PLACES if (place / file).is_file()).read_text(encoding="utf-8")
+        assert re.search(rf"\bdef {name}\(", source), f"{file} has no {name}"
+
+
+def test_contributing_quotes_code_that_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\(`(megatron_medllm/[\w/]+\.py)`\).*?```python\n(.*?)```", text, re.DOTALL)
+    assert len(quoted) == 3
+    for file, code in quoted:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        missing = [line for line in code.splitlines() if line.strip() and line not in source]
+        assert missing == [], f"{file} does not hold these lines"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the help text depends on Python's version")
+def test_what_commands_print_is_what_the_pages_show() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "docs_tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_table_has_a_page_and_a_command_or_kind() -> None:
+    tables = tomllib.loads((DOCS / "tables.toml").read_text())
+    for name, table in tables.items():
+        assert ("command" in table) != ("kind" in table), name
+        assert f"<!-- table: {name} -->" in (ROOT / table["page"]).read_text(encoding="utf-8"), name
