@@ -72,7 +72,7 @@ def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None,
     only those have changed).
 
     Args:
-        workers: processes; default: one per core. The result does not depend on it.
+        workers: processes; default: one per core that this process may use. The result does not depend on it.
         strict: make the first document that cannot be read an error.
 
     Raises:
@@ -167,7 +167,7 @@ def _workers(plan: Plan, units: int, workers: int | None, strict: bool) -> Itera
     """Processes that have the tokenizer loaded, no more than there are units to do."""
     context = multiprocessing.get_context("spawn")  # tokenizers hold threads that a fork would lose
     job = Job(plan.config, plan.tokenizer, plan.parts, strict, os.getpid())
-    count = max(1, min(workers or os.cpu_count() or 1, units))
+    count = max(1, min(workers or len(os.sched_getaffinity(0)), units))  # Slurm gives a task some of a node's cores
     with ProcessPoolExecutor(count, context, start_worker, (job,)) as pool:
         try:
             yield pool

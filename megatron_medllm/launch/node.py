@@ -46,8 +46,9 @@ def main(run: Path, stage: str) -> int:
         print("\n".join(f"{node}: {problem}" for node, problem in sorted(unfit.items())), file=sys.stderr)
         return UNFIT_NODE_EXIT_CODE
     logs = log_directory(files, stage)
+    command = [*spec["command"], *shard_arguments(spec)]
     if not spec["processes_per_node"]:
-        return run_once(spec["command"], logs)
+        return run_once(command, logs)
     checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
     status = run_node_ranks(checks, spec, logs / "health", port_offset=0)
     if status:
@@ -55,7 +56,13 @@ def main(run: Path, stage: str) -> int:
     if spec["checkpoints"]:
         verdict = (files.run / spec["checkpoints"]).parent / "watch" / "stall.json"
         threading.Thread(target=end_stalled_ranks, args=(verdict,), daemon=True).start()
-    return run_node_ranks(spec["command"], spec, logs, port_offset=1)
+    return run_node_ranks(command, spec, logs, port_offset=1)
+
+
+def shard_arguments(spec: dict[str, Any]) -> list[str]:
+    """Which part of an array this task is; nothing for a job that is no array."""
+    task, size = os.environ.get("SLURM_ARRAY_TASK_ID"), spec["array_size"]
+    return ["--shard", f"{int(task) + 1}/{size}"] if size and task is not None else []
 
 
 def end_stalled_ranks(verdict: Path) -> None:

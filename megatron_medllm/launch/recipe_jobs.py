@@ -74,7 +74,9 @@ def recipe_jobs(
     only: list[str] | None = None,
     force: bool = False,
 ) -> list[StageJob]:
-    """One job per stage. `only` keeps these stages, which then read what an earlier submission made.
+    """One job per stage; of one that is sharded an array, and behind it a job with the stage's name that merges.
+
+    `only` keeps these stages, which then read what an earlier submission made.
 
     Raises:
         UserError: an unknown stage in `only`, or a training that cannot fit the cluster's GPUs (unless `force`).
@@ -85,7 +87,8 @@ def recipe_jobs(
         raise UserError(f"unknown stage {unknown[0]!r}; this recipe has {', '.join(names)}")
     kept = [stage for stage in stages if only is None or stage.name in only]
     present = {stage.name for stage in kept}
-    return [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+    jobs = [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+    return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job, cluster)]
 
 
 def bench_job(
@@ -137,6 +140,14 @@ def _engine_gpus(engine: EngineConfig | None) -> int:
     if engine is None or engine.kind == "openai":
         return 0
     return engine.tensor_parallel if engine.kind == "vllm" else 1
+
+
+def _in_shards(stage: Stage, job: StageJob, cluster: ClusterConfig) -> list[StageJob]:
+    """The job, or its array of shards and the last step, which needs them all."""
+    if stage.command is not Command.CORPUS or cluster.corpus_tasks == 1:
+        return [job]
+    array = replace(job, name=f"{job.name}-shards", array_size=cluster.corpus_tasks)
+    return [array, replace(job, command=(*job.command, "--finish"), after=(array.name,))]
 
 
 def _trained_job(
