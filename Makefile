@@ -71,6 +71,7 @@ certify-faults: $(VENV)/.installed-test ## every layout's certificate, every inj
 coverage: $(VENV)/.installed-test ## lines that the test suite reaches: a table, and build/coverage/index.html
 	@rm -rf build/coverage && mkdir -p build/coverage
 	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(PYTEST) -m "not slurm" -n 2 --dist loadfile --cov=megatron_medllm --cov-report= $(PYTEST_ARGS)
+	-@COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/coverage combine --append --quiet build/coverage 2>/dev/null  # of processes that ended last
 	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/coverage html --quiet --directory build/coverage
 	COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/coverage report --skip-covered --sort=miss
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 FILE_VARIABLE = "MEDLLM_PROGRESS_FILE"
-_UPDATES_PER_S = 5.0
+UPDATES_PER_S = 5.0
 
 
 class ProgressFile:
@@ -29,7 +29,7 @@ class ProgressFile:
         """Set the amount done so far, and a short note such as the loss."""
         with self._lock:
             self.done, self.note = done, note
-            if time.monotonic() - self._written_at >= 1 / _UPDATES_PER_S or done == self.total:
+            if time.monotonic() - self._written_at >= 1 / UPDATES_PER_S or done == self.total:
                 self._write()
 
     def _write(self) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_medllm.errors import UserError
 
@@ -25,14 +26,18 @@ class Shard:
             raise UserError(f"--shard {text}: expected I/N with I from 1 to N, such as 2/3")
         return cls(int(match[1]), int(match[2]))
 
+    @classmethod
+    def of_unit(cls, number: int, count: int) -> "Shard":
+        """Who works off unit `number` (from 0) when there are `count` shards."""
+        return cls(number % count + 1, count)
+
     def owns(self, number: int) -> bool:
         """Whether it works off unit `number` (from 0)."""
-        return number % self.count == self.index - 1
-
-    @property
-    def name(self) -> str:
-        """For files of its own: `2-of-3`."""
-        return f"{self.index}-of-{self.count}"
+        return self.of_unit(number, self.count) == self
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+    def file(self, whole: Path) -> Path:
+        """This shard's own file beside the one of the whole: `answers.2-of-3.jsonl` beside `answers.jsonl`."""
+        return whole.with_name(f"{whole.stem}.{self.index}-of-{self.count}{whole.suffix}")

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "docs" / "tables.toml"
@@ -86,8 +87,9 @@ def commands_table() -> str:
 
     from megatron_medllm.cli.app import app
 
+    group: Any = typer.main.get_command(app)
     rows = ["| command | what it does |", "|---|---|"]
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in group.commands.items():
         parts = getattr(command, "commands", None)
         for part, inner in parts.items() if parts else [("", command)]:
             text = " ".join((inner.help or "").split()).replace("|", "\\|")

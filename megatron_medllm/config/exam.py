@@ -40,6 +40,10 @@ class EngineConfig(Section):
     kind: Literal["transformers", "vllm", "openai"] = "transformers"
     device: str = Field(default="auto", description="transformers: cpu, cuda, cuda:1, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: what the checkpoint holds")
+    replicas: int = Field(default=1, gt=0, description="copies of the model that share the work; no text depends on it")
+    unit_requests: int = Field(
+        default=64, gt=0, description="requests that go to one replica whole; transformers also decodes them together"
+    )
     batch_size: int = Field(default=256, gt=0, description="transformers: most sequences at once")
     batch_tokens: int = Field(
         default=131_072, gt=0, description="transformers: most tokens of KV cache at once (prompt + new, padded)"
@@ -47,6 +51,12 @@ class EngineConfig(Section):
     python: Path | None = Field(default=None, description="vllm: the interpreter of the environment that has vLLM")
     tensor_parallel: int = Field(default=1, gt=0, description="vllm: GPUs per model")
     max_model_len: int | None = Field(default=None, gt=0, description="vllm: context length to reserve")
+    memory_share: float = Field(default=0.9, gt=0, le=1, description="vllm: share of a GPU's memory to take")
+    prefix_caching: bool = Field(default=True, description="vllm: keep the cache of prompts that begin alike")
+    seed: int = Field(default=0, description="vllm: the engine's own seed; every request that samples brings one")
+    batch_invariant: bool | None = Field(
+        default=None, description="vllm: texts that do not depend on the batch; default: when all requests are greedy"
+    )
     url: str | None = Field(default=None, description="openai: base address, e.g. http://127.0.0.1:8000/v1")
     served_model: str | None = Field(default=None, description="openai: model name; default: the model directory's")
     api_key_variable: str = Field(default="OPENAI_API_KEY", description="openai: environment variable with the key")
@@ -60,7 +70,23 @@ class EngineConfig(Section):
             raise ValueError("engine.kind=vllm needs engine.python, the interpreter of the environment that has vLLM")
         if self.kind == "openai" and self.url is None:
             raise ValueError("engine.kind=openai needs engine.url")
+        if self.replicas > 1 and self.kind == "openai":
+            raise ValueError("engine.replicas: an endpoint has replicas of its own; raise engine.concurrency")
+        if self.replicas > 1 and ":" in self.device:
+            raise ValueError(f"engine.replicas={self.replicas} cannot share engine.device={self.device}; say cuda")
         return self
+
+    @property
+    def unit_size(self) -> int:
+        """Requests in a unit: no more than are decoded at once."""
+        return min(self.unit_requests, self.batch_size) if self.kind == "transformers" else self.unit_requests
+
+    @property
+    def gpus(self) -> int:
+        """What one copy of the model asks for: none behind an address, `tensor_parallel` in vLLM."""
+        if self.kind == "openai":
+            return 0
+        return self.tensor_parallel if self.kind == "vllm" else 1
 
 
 class MaxNewTokens(Section):

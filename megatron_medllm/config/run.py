@@ -104,11 +104,11 @@ def load(path: Path, overrides: list[str]) -> RunConfig:
         recipe = _read_yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(recipe, dict | None):
             raise UserError(f"{path}: expected sections such as model: and cpt:, found {type(recipe).__name__}")
-        changes = OmegaConf.create({})
-        for override in overrides:
-            key, _, value = override.partition("=")
-            OmegaConf.update(changes, key, _read_yaml(value))
         try:
+            changes = OmegaConf.create({})
+            for override in overrides:
+                key, _, value = override.partition("=")
+                OmegaConf.update(changes, key, _read_yaml(value))
             merged = OmegaConf.merge(recipe or {}, changes)
         except TypeError:  # how OmegaConf says that one of the two has a list where the other has a section
             raise UserError(f"{path}: a list and a section meet under one key of {' '.join(overrides)}") from None

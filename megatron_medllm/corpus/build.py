@@ -107,7 +107,7 @@ def build_shard(
                 backend, _ = _prepare(plan, pool)
                 _run_units(pool, mine, backend)
                 files = [path for number, path in enumerate(plan.files) if shard.owns(number)]
-                write_json(plan.work / DIGESTS / f"{shard.name}.json", _digest_inputs(plan, pool, files))
+                write_json(shard.file(plan.work / DIGESTS / "inputs.json"), _digest_inputs(plan, pool, files))
             return mine
         open_output(plan, shared=True)
         return []

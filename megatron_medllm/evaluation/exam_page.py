@@ -26,7 +26,7 @@ def write_exam_page(path: Path, summary: dict[str, Any], outcomes: Sequence[Outc
         charts=[chart for chart in charts if chart is not None],
         flips=_flips(first, examples),
         malformed=[_shown(outcome) for outcome in first if outcome.parsed.malformed][:examples],
-        provenance=rows_of(summary["provenance"] | summary["timing"]),
+        provenance=rows_of(summary["provenance"]),
     )
 
 

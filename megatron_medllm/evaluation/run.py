@@ -11,28 +11,37 @@ from megatron_medllm.evaluation.gate import check_requirements, parse_requiremen
 from megatron_medllm.evaluation.markdown import summary_markdown
 from megatron_medllm.evaluation.outcome import Outcome, judge_answer, mode_summary, sample_summary, stability_gap
 from megatron_medllm.exams.loading import Exam, load_exam
-from megatron_medllm.inference.answer_log import Answers, answer_requests
+from megatron_medllm.exams.prompts import Mode
+from megatron_medllm.exams.question import Question
+from megatron_medllm.inference.answer_log import NOT_OF_THE_RESULT, TIMING, Answers, answer_requests, write_timing
 from megatron_medllm.inference.exam_requests import ExamPrompter
+from megatron_medllm.inference.protocol import Request
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
 ANSWER_LOG = "answers.jsonl"
+_Asked = tuple[Question, Mode, int, Request]
 
 
-def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str, Any]:
+def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path, *, merge: bool = False) -> dict[str, Any]:
     """Examine the model in `model_dir`; write results.jsonl, summary.json and the reports to `output_dir`.
 
-    Killed and started again it goes on where it stopped: finished answers lie in `output_dir`/answers.jsonl.
+    Killed and started again it goes on where it stopped: finished answers lie in `output_dir`/answers.jsonl, and those
+    of shards beside it. With `merge` these have to answer everything.
 
     Returns:
-        The contents of summary.json. `requirements` says which gates are met; nothing is raised for one that is not.
+        The contents of summary.json, and as `timing` those of timing.json. `requirements` says which gates are met;
+        nothing is raised for one that is not.
 
     Raises:
-        UserError: bad questions, a model directory that cannot be used, an engine that failed.
+        UserError: bad questions, a model directory that cannot be used, an engine that failed, an incomplete merge.
     """
-    for requirement in config.require:  # a typing error should not cost an evaluation
-        parse_requirement(requirement, modes=config.modes)
-    exam, whole_exam = load_configured_exam(config)
-    outcomes, answers = _examine(config, exam, model_dir, output_dir)
+    exam, whole_exam, asked = _prepare(config)
+    answers = _answer(config, asked, model_dir, output_dir, merge=merge)
+    outcomes = [
+        judge_answer(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
+        for question, mode, sample, request in asked
+    ]
     summary = {
         "exam": exam.name,
         "model": str(model_dir),
@@ -41,16 +50,30 @@ def run_exam(config: EvalConfig, model_dir: Path, output_dir: Path) -> dict[str,
         "account": exam.account.to_json(),
         "provenance": answers.provenance,
         **summarize_outcomes(config, exam, outcomes, whole_exam=whole_exam),
-        "timing": {**answers.timing, "tokens_per_s": answers.timing["new_tokens"] / (answers.timing["seconds"] or 1.0)},
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=NOT_OF_THE_RESULT),
     }
     summary["requirements"] = check_requirements(config.require, summary)
     write_jsonl(output_dir / "results.jsonl", [outcome.to_row() for outcome in outcomes])
     write_text(output_dir / "report.md", summary_markdown(summary))
     if config.html:
         write_exam_page(output_dir / "report.html", summary, outcomes, examples=config.examples)
+    timing = write_timing(output_dir / TIMING, answers)
     write_json(output_dir / "summary.json", summary)  # last: its presence says that the evaluation is complete
-    return summary
+    return summary | {"timing": timing}
+
+
+def answer_shard(config: EvalConfig, model_dir: Path, output_dir: Path, shard: Shard) -> dict[str, Any]:
+    """Answer one shard's part into its own log in `output_dir`; `run_exam` makes results of all.
+
+    Returns:
+        What it took.
+
+    Raises:
+        UserError: as `run_exam`.
+    """
+    _, _, asked = _prepare(config)
+    answers = _answer(config, asked, model_dir, output_dir, shard=shard)
+    return write_timing(shard.file(output_dir / TIMING), answers)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +96,11 @@ def load_configured_exam(config: EvalConfig) -> tuple[Exam, Exam]:
     return exam, whole
 
 
-def _examine(config: EvalConfig, exam: Exam, model_dir: Path, output_dir: Path) -> tuple[list[Outcome], Answers]:
+def _prepare(config: EvalConfig) -> tuple[Exam, Exam, list[_Asked]]:
+    """The questions to ask, the whole exam, and every request with its question, mode and sample."""
+    for requirement in config.require:  # a typing error should not cost an evaluation
+        parse_requirement(requirement, modes=config.modes)
+    exam, whole_exam = load_configured_exam(config)
     prompter = ExamPrompter(config.prompt, config.exam.data)
     told = same_questions(prompter.shots, exam.questions)
     if told:
@@ -82,24 +109,33 @@ def _examine(config: EvalConfig, exam: Exam, model_dir: Path, output_dir: Path) 
             f"few-shot item {shot} is question {twin} of the exam, and would tell its answer: "
             "set prompt.shot_file to other questions, or exam.years to other papers"
         )
-    asked = [
+    asked: list[_Asked] = [
         (question, mode, sample, prompter.request(question, mode, config.decoding, sample=sample))
         for mode in config.modes
         for question in exam.questions
         for sample in range(config.samples)
     ]
-    answers = answer_requests(
+    return exam, whole_exam, asked
+
+
+def _answer(
+    config: EvalConfig,
+    asked: list[_Asked],
+    model_dir: Path,
+    output_dir: Path,
+    *,
+    shard: Shard | None = None,
+    merge: bool = False,
+) -> Answers:
+    return answer_requests(
         config.engine,
         model_dir,
         [request for *_, request in asked],
         log=output_dir / ANSWER_LOG,
-        title=f"{exam.name} on {model_dir.name}",
+        title=f"{config.exam.name} on {model_dir.name}",
+        shard=shard,
+        merge=merge,
     )
-    outcomes = [
-        judge_answer(question, mode, sample, request, answers.completions[request.request_id], parser=config.parser)
-        for question, mode, sample, request in asked
-    ]
-    return outcomes, answers
 
 
 def summarize_outcomes(config: EvalConfig, exam: Exam, outcomes: list[Outcome], *, whole_exam: Exam) -> dict[str, Any]:

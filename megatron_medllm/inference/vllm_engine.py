@@ -40,14 +40,9 @@ class VllmEngine:
             raise UserError(f"engine.python={config.python}: cannot be started ({error.strerror})") from None
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        setup = {
-            "model": str(model_dir),
-            "dtype": config.dtype,
-            "tensor_parallel": config.tensor_parallel,
-            "max_model_len": config.max_model_len,
-        }
-        self._send(setup)
-        self._version = self._read()["ready"]
+        self._send({"batch_invariant": bool(config.batch_invariant), "options": vllm_options(config, model_dir)})
+        ready = self._read()
+        self._version, self._batch_invariant = ready["ready"], ready["batch_invariant"]
         self._idle = True
 
     def describe(self) -> dict[str, Any]:
@@ -57,6 +52,11 @@ class VllmEngine:
             "vllm": self._version,
             "dtype": self._config.dtype,
             "tensor_parallel": self._config.tensor_parallel,
+            "max_model_len": self._config.max_model_len,
+            "memory_share": self._config.memory_share,
+            "prefix_caching": self._config.prefix_caching,
+            "engine_seed": self._config.seed,
+            "batch_invariant": self._batch_invariant,
         }
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -117,6 +117,20 @@ class VllmEngine:
         self._errors.flush()
         lines = Path(self._errors.name).read_text(errors="replace").strip().splitlines()
         return " | ".join(lines[-_TAIL_LINES:]) or "it printed nothing"
+
+
+def vllm_options(config: EngineConfig, model_dir: Path) -> dict[str, Any]:
+    """What `vllm.LLM` is called with. Code that a model directory brings is never run."""
+    options = {
+        "model": str(model_dir),
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel,
+        "gpu_memory_utilization": config.memory_share,
+        "enable_prefix_caching": config.prefix_caching,
+        "seed": config.seed,
+        "trust_remote_code": False,
+    }
+    return options if config.max_model_len is None else options | {"max_model_len": config.max_model_len}
 
 
 def _finished(completion: Completion, request: Request) -> Completion:

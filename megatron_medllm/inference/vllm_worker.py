@@ -1,12 +1,14 @@
 """Runs inside vLLM's own environment: JSON lines in, JSON lines out. Imports nothing of this package.
 
-The first line on standard input is the setup (`model`, `dtype`, `tensor_parallel`, `max_model_len`), then one request a
-line; an empty line says that these are to be answered now. Standard output carries `{"ready": …}` and then one
-completion a line; everything that vLLM itself prints goes to standard error.
+The first line on standard input is the setup (`batch_invariant`, and `options` for `vllm.LLM`), then one request a
+line; an empty line says that these are to be answered now. Standard output carries `{"ready": …, "batch_invariant": …}`
+and then one completion a line; everything that vLLM itself prints goes to standard error.
 """
 
+import importlib.util
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -15,16 +17,17 @@ _CHUNK = 512  # answers come back, and are kept, after each so many
 
 def main() -> None:
     """Serve until the input ends."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's, to every process: the one that started us answers it
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM and its workers print to standard output
     setup = json.loads(sys.stdin.readline())
+    if setup["batch_invariant"]:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read by vLLM and its workers when they start
     import vllm
 
-    options = {} if setup["max_model_len"] is None else {"max_model_len": setup["max_model_len"]}
-    model = vllm.LLM(
-        model=setup["model"], dtype=setup["dtype"], tensor_parallel_size=setup["tensor_parallel"], **options
-    )
-    print(json.dumps({"ready": vllm.__version__}), file=replies, flush=True)
+    model = vllm.LLM(**setup["options"])
+    invariant = setup["batch_invariant"] and has_batch_invariance()
+    print(json.dumps({"ready": vllm.__version__, "batch_invariant": invariant}), file=replies, flush=True)
     requests = []
     for line in sys.stdin:
         if line.strip():
@@ -34,6 +37,14 @@ def main() -> None:
             for reply in answer(vllm, model, requests[start : start + _CHUNK]):
                 print(json.dumps(reply), file=replies, flush=True)
         requests = []
+
+
+def has_batch_invariance() -> bool:
+    """Whether this vLLM has a batch-invariant mode; an older one passes over its variable."""
+    try:
+        return importlib.util.find_spec("vllm.model_executor.layers.batch_invariant") is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def answer(vllm: Any, model: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What this machine has, what it lacks, what the lack costs, and how to mend it: `medllm doctor`."""
+"""Checks the installation: what is missing, which features need it, and how to get it (`medllm doctor`)."""
 
 import importlib.metadata
 import importlib.util

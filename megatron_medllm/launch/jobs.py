@@ -14,8 +14,9 @@ class StageJob:
     `script` names the file in slurm/ (without .sbatch); `command` follows `python`, as ("-m", "megatron_medllm", ...).
     `processes_per_node` 0 runs the command once per node, otherwise as that many ranks of one distributed job.
     `duration_s` None asks for the cluster's longest time. `save_time_s` is a checkpoint's, measured or planned.
-    `checkpoints` is the directory whose `step-*` entries count as progress, and `metrics` the file whose last line
-    is shown by `medllm status`; both relative to the run. `array_size` n makes n independent tasks of it.
+    `checkpoints` is the directory whose `step-*` entries count as progress, `answers` the one whose logged answers do,
+    and `metrics` the file whose last line is shown by `medllm status`; all relative to the run. `array_size` n makes n
+    independent tasks of it, each with its `--shard I/n` behind the command.
     """
 
     name: str
@@ -28,6 +29,7 @@ class StageJob:
     save_time_s: float = 60.0
     checkpoints: str | None = None
     metrics: str | None = None
+    answers: str | None = None
     total_steps: int | None = None
     after: tuple[str, ...] = ()
     array_size: int | None = None
@@ -80,6 +82,10 @@ class RunFiles:
     def history(self, stage: str) -> Path:
         """One line per start and end of the job, restarts included."""
         return self.launch / f"{stage}.history.jsonl"
+
+    def task(self, stage: str, index: int) -> str:
+        """What an array's task (from 0) goes by in the files below; written by the supervisor."""
+        return f"{stage}.{index}"
 
     def ended(self, stage: str) -> Path:
         """Why the job ended, the last time it did."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig
-from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.config.run import RunConfig, StageName
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
@@ -30,6 +29,7 @@ SCRIPTS = {
 }
 DISTRIBUTED = {Command.TRAIN, Command.SCORE}
 BENCHMARKS = ("throughput", "scoring", "generation")
+MERGE_TIME_S = 1200.0  # reads answers and makes reports
 BENCH_TIME_S = 2400.0  # asked for, with the margin that every job gets: reading or drawing 72B weights takes most of it
 
 
@@ -122,7 +122,7 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
     distributed = stage.command in DISTRIBUTED
     nodes = run.layout.nodes if distributed else 1
     processes = run.layout.world_size // nodes if distributed else 0
-    gpus = processes or _engine_gpus(stage.engine)
+    gpus = processes or (stage.engine.gpus if stage.engine is not None else 0)
     job = StageJob(
         name=stage.name,
         script=SCRIPTS[stage.command] if stage.trains in (None, "base") else stage.trains,
@@ -130,24 +130,23 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
         nodes=nodes,
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
+        answers=None if stage.engine is None else str(stage.outputs[0].resolve()),
         after=tuple(name for name in stage.after if name in present),
     )
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 
 
-def _engine_gpus(engine: EngineConfig | None) -> int:
-    """What one copy of the model asks for: none behind an address, `tensor_parallel` in vLLM."""
-    if engine is None or engine.kind == "openai":
-        return 0
-    return engine.tensor_parallel if engine.kind == "vllm" else 1
-
-
 def _in_shards(stage: Stage, job: StageJob, cluster: ClusterConfig) -> list[StageJob]:
-    """The job, or its array of shards and the last step, which needs them all."""
-    if stage.command is not Command.CORPUS or cluster.corpus_tasks == 1:
+    """The job, or its array of shards and the job that makes the result of theirs."""
+    if stage.command is Command.CORPUS:
+        count, last = cluster.corpus_tasks, replace(job, command=(*job.command, "--finish"))
+    else:  # the merge loads no model
+        merge = (*job.command, "--merge")
+        count, last = stage.replicas, replace(job, command=merge, gpus_per_node=0, duration_s=MERGE_TIME_S)
+    if count == 1:
         return [job]
-    array = replace(job, name=f"{job.name}-shards", array_size=cluster.corpus_tasks)
-    return [array, replace(job, command=(*job.command, "--finish"), after=(array.name,))]
+    array = replace(job, name=f"{job.name}-shards", array_size=count)
+    return [array, replace(last, after=(array.name,))]
 
 
 def _trained_job(

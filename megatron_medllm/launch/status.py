@@ -119,12 +119,14 @@ def run_status(run: Path) -> list[StageStatus]:
 def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None) -> StageStatus:
     """One stage, from Slurm's queue, its history and its metrics."""
     spec = read_specification(files, stage)
+    if spec["array_size"]:
+        return array_status(files, stage, job_id, queued, size=spec["array_size"])
     ended = read_json(files.ended(stage)) if files.ended(stage).is_file() else {}
     history = list(read_jsonl(files.history(stage))) if files.history(stage).is_file() else []
     starts = [row for row in history if row["event"] == "start" and row["job_id"] == job_id]
     state, reason = queued or ("", "")
     if not is_active(state):
-        ours = ended.get("job_id") == job_id or spec["array_size"]
+        ours = ended.get("job_id") == job_id
         state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "GONE", reason)
     elif ended.get("job_id") == job_id and ended.get("outcome") == "requeued":
         reason = f"last ended: {ended['reason']}"
@@ -135,6 +137,31 @@ def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     eta = (total - step) * step_time if total and step is not None and step_time else None
     rate = metrics.get("tokens_per_s")
     return StageStatus(stage, job_id, state, step, total, rate, eta, max(0, len(starts) - 1), reason)
+
+
+def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None, *, size: int) -> StageStatus:
+    """An array as one stage. Its steps are its tasks; a task that did not end well is named."""
+    tasks = [files.task(stage, index) for index in range(size)]
+    ends = [read_json(files.ended(task)) if files.ended(task).is_file() else {} for task in tasks]
+    ends = [end if end.get("array_id") == job_id else {} for end in ends]  # not of an earlier submission
+    starts = [
+        row
+        for task in tasks
+        if files.history(task).is_file()
+        for row in read_jsonl(files.history(task))
+        if row["event"] == "start" and row.get("array_id") == job_id
+    ]
+    finished = sum(end.get("outcome") == "finished" for end in ends)
+    state, reason = queued or ("", "")
+    bad = next((n for n, end in enumerate(ends) if end and end["outcome"] not in ("finished", "requeued")), None)
+    if not is_active(state):
+        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state or "GONE"
+    if bad is not None:
+        reason = f"shard {bad + 1}/{size}: {ends[bad]['reason']}"
+    elif reason == "None" or state == "finished":
+        reason = ""
+    restarts = sum(row["restart"] > 0 for row in starts)
+    return StageStatus(stage, job_id, state, finished, size, None, None, restarts, reason)
 
 
 def total_steps(files: RunFiles, spec: dict[str, Any]) -> int | None:

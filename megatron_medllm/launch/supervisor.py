@@ -118,7 +118,9 @@ def verdicts(run: pathlib.Path, spec: Row) -> Row:
 
 
 def newest_step(run: pathlib.Path, spec: Row) -> int:
-    """Step of the newest complete checkpoint, -1 without one."""
+    """Step of the newest complete checkpoint, -1 without one; for an engine's work, how many answers are kept."""
+    if spec.get("answers"):
+        return sum(path.read_bytes().count(b"\n") for path in (run / spec["answers"]).glob("*answers*.jsonl"))
     if not spec.get("checkpoints"):
         return -1
     names = [path.name for path in (run / spec["checkpoints"]).glob("step-*")]
@@ -146,6 +148,11 @@ def job_id() -> str:
     return os.environ.get("SLURM_JOB_ID", "0")
 
 
+def array_id() -> str | None:
+    """The id of the array that this job is a task of."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID")
+
+
 def restart_count() -> int:
     """How often Slurm has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -159,7 +166,7 @@ def read_history(run: pathlib.Path, stage: str) -> list[Row]:
 
 def append_history(run: pathlib.Path, stage: str, row: Row) -> None:
     """Add one line; short appends by one writer need no temporary file."""
-    stamped = dict(row, job_id=job_id(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    stamped = dict(row, job_id=job_id(), array_id=array_id(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     with open(str(run / "launch" / (stage + ".history.jsonl")), "a") as stream:
         stream.write(json.dumps(stamped) + "\n")
 
@@ -169,7 +176,7 @@ def write_ended(run: pathlib.Path, stage: str, report: Row) -> None:
     report = dict(report, restart=restart_count(), logs=str(log_directory(run, stage)))
     path = run / "launch" / (stage + ".ended.json")
     partial = path.with_name("." + path.name + ".partial")
-    partial.write_text(json.dumps(dict(report, job_id=job_id()), indent=2) + "\n")
+    partial.write_text(json.dumps(dict(report, job_id=job_id(), array_id=array_id()), indent=2) + "\n")
     os.replace(str(partial), str(path))
     append_history(run, stage, dict(report, event="end"))
 

@@ -13,13 +13,15 @@ from megatron_medllm.config.pairs import PairsConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.question import Question
+from megatron_medllm.inference.answer_log import NOT_OF_THE_RESULT, TIMING, write_timing
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.preference.candidate import Candidate
 from megatron_medllm.preference.contamination import contaminated
 from megatron_medllm.preference.gold import gold_candidate, with_letters
 from megatron_medllm.preference.pairing import NO_EXPLANATION, SURPLUS, Drop, pair_up
 from megatron_medllm.preference.report import pairs_report, write_pairs_page
-from megatron_medllm.preference.sampling import sample
+from megatron_medllm.preference.sampling import sample, sample_shard
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import atomic_write, digest_file, write_json, write_jsonl
 
 SAMPLE_LOG = "sample_answers.jsonl"
@@ -27,10 +29,10 @@ SAMPLE_LOG = "sample_answers.jsonl"
 _WHOLE_TIER = 20
 
 
-def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[str, Any]:
+def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path, *, merge: bool = False) -> dict[str, Any]:
     """Build the pairs; write pairs.jsonl, samples.jsonl, dropped.jsonl, manifest.json and report.md to `output_dir`.
 
-    Killed and started again it keeps the samples it had.
+    Killed and started again it keeps the samples it had, and those of shards. With `merge` these have to be all.
 
     Returns:
         The contents of manifest.json.
@@ -41,7 +43,8 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
     """
     questions, contamination = training_questions(config)
     prompter = ExamPrompter(config.prompt, config.questions.data)
-    samples, origin = sample(config, questions, model_dir, prompter=prompter, log=output_dir / SAMPLE_LOG)
+    log = output_dir / SAMPLE_LOG
+    samples, answers = sample(config, questions, model_dir, prompter=prompter, log=log, merge=merge)
     rows, drops = pair_up(config, questions, samples, prompter)
     write_jsonl(output_dir / "samples.jsonl", [candidate.to_row() for candidate in samples])
     write_jsonl(
@@ -66,15 +69,32 @@ def build_pairs(config: PairsConfig, model_dir: Path, output_dir: Path) -> dict[
         "drop_reasons": _reasons(drops),
         "account": account.to_json(),
         "contamination": contamination,
-        **origin,
+        **({} if answers is None else {"provenance": answers.provenance}),
         "model": str(model_dir),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=NOT_OF_THE_RESULT),
     }
+    if answers is not None:
+        write_timing(output_dir / TIMING, answers)
     write_json(output_dir / "manifest.json", manifest)
     with atomic_write(output_dir / "report.md") as stream:
         stream.write(pairs_report(manifest, rows).encode())
     write_pairs_page(output_dir / "report.html", manifest, rows)
     return manifest
+
+
+def answer_shard(config: PairsConfig, model_dir: Path, output_dir: Path, shard: Shard) -> dict[str, float]:
+    """Sample one shard's part into its own log in `output_dir`; `build_pairs` makes pairs of all.
+
+    Returns:
+        What it took; empty where nothing is sampled.
+
+    Raises:
+        UserError: as `build_pairs`, of what comes before the pairing.
+    """
+    questions, _ = training_questions(config)
+    prompter, log = ExamPrompter(config.prompt, config.questions.data), output_dir / SAMPLE_LOG
+    answers = sample_shard(config, questions, model_dir, prompter=prompter, log=log, shard=shard)
+    return {} if answers is None else write_timing(shard.file(output_dir / TIMING), answers)
 
 
 def training_questions(config: PairsConfig) -> tuple[list[Question], dict[str, Any]]:

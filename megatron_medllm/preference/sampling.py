@@ -10,37 +10,34 @@ from megatron_medllm.exams.parsing import Parser, parse_answer
 from megatron_medllm.exams.prompts import Mode
 from megatron_medllm.exams.question import Question
 from megatron_medllm.exams.scoring import score_answer
-from megatron_medllm.inference.answer_log import answer_requests
+from megatron_medllm.inference.answer_log import Answers, answer_requests
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.inference.protocol import Completion, Request
 from megatron_medllm.preference.candidate import Candidate, Tier
+from megatron_medllm.shard import Shard
 
 
 def sample(
-    config: PairsConfig, questions: Sequence[Question], model_dir: Path, *, prompter: ExamPrompter, log: Path
-) -> tuple[list[Candidate], dict[str, Any]]:
-    """Sample and judge; resumable through `log`.
+    config: PairsConfig,
+    questions: Sequence[Question],
+    model_dir: Path,
+    *,
+    prompter: ExamPrompter,
+    log: Path,
+    merge: bool = False,
+) -> tuple[list[Candidate], Answers | None]:
+    """Sample and judge; resumable through `log`. With `merge`, the shards' logs have to hold every sample.
 
     Returns:
-        The candidates in question order, and the provenance and timing of the run.
+        The candidates in question order, and the answers that they were made of; None where nothing is sampled.
 
     Raises:
-        UserError: the model cannot be used or the engine failed.
+        UserError: the model cannot be used, the engine failed, or a merge is incomplete.
     """
-    asked = [
-        (question, mode, request)
-        for question in questions
-        for mode, request in sampling_requests(config, prompter, question)
-    ]
+    asked = _asked(config, questions, prompter)
     if not asked:
-        return [], {}
-    answers = answer_requests(
-        config.engine,
-        model_dir,
-        [request for *_, request in asked],
-        log=log,
-        title=f"samples of {model_dir.name}",
-    )
+        return [], None
+    answers = _answer(config, asked, model_dir, log=log, merge=merge)
     candidates = [
         judge_candidate(
             question,
@@ -52,7 +49,50 @@ def sample(
         )
         for question, mode, request in asked
     ]
-    return candidates, {"provenance": answers.provenance, "timing": answers.timing}
+    return candidates, answers
+
+
+def sample_shard(
+    config: PairsConfig,
+    questions: Sequence[Question],
+    model_dir: Path,
+    *,
+    prompter: ExamPrompter,
+    log: Path,
+    shard: Shard,
+) -> Answers | None:
+    """Sample one shard's part into its own log beside `log`; None where nothing is sampled.
+
+    Raises:
+        UserError: the model cannot be used or the engine failed.
+    """
+    asked = _asked(config, questions, prompter)
+    return _answer(config, asked, model_dir, log=log, shard=shard) if asked else None
+
+
+_Asked = tuple[Question, Mode, Request]
+
+
+def _asked(config: PairsConfig, questions: Sequence[Question], prompter: ExamPrompter) -> list[_Asked]:
+    return [
+        (question, mode, request)
+        for question in questions
+        for mode, request in sampling_requests(config, prompter, question)
+    ]
+
+
+def _answer(
+    config: PairsConfig,
+    asked: Sequence[_Asked],
+    model_dir: Path,
+    *,
+    log: Path,
+    shard: Shard | None = None,
+    merge: bool = False,
+) -> Answers:
+    requests = [request for *_, request in asked]
+    title = f"samples of {model_dir.name}"
+    return answer_requests(config.engine, model_dir, requests, log=log, title=title, shard=shard, merge=merge)
 
 
 def judge_candidate(

@@ -33,7 +33,7 @@ class Stage:
     before and behind it. `settings` names the configuration's sections that the result depends on, and `but` what in
     them it does not depend on. `inputs` are the files that no stage makes, `after` the stages whose results it reads.
     `outputs` are removed when the stage is redone. `trains` is the training, if it is one, which writes into the first
-    of the outputs; `engine` generates text.
+    of the outputs; `engine` generates text, in as many shards as it has replicas.
     """
 
     name: str
@@ -48,6 +48,11 @@ class Stage:
     after: tuple[str, ...] = ()
     trains: StageName | None = None
     engine: EngineConfig | None = None
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that share the stage's work, each with `--shard I/N`; `--merge` makes the result."""
+        return 1 if self.engine is None else self.engine.replicas
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -271,6 +276,7 @@ class _Recipe:
                 name=name,
                 command=Command.PAIRS,
                 settings=("pairs",),
+                but=("pairs.engine.replicas",),
                 outputs=(output,),
                 overrides=(f"output={output}", *model.overrides),
                 inputs=(
@@ -293,6 +299,7 @@ class _Recipe:
                 name=f"eval-{name}",
                 command=Command.EVAL,
                 settings=("eval",),
+                but=("eval.engine.replicas",),
                 outputs=(output,),
                 overrides=(f"output={output}", *model.overrides),
                 inputs=(

@@ -8,7 +8,7 @@ import sys
 import time
 from types import FrameType
 
-from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, STALLED_EXIT_CODE
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
 
@@ -69,8 +69,13 @@ def run_local_ranks(arguments: list[str], *, processes: int) -> int:
 
 
 def wait_for_ranks(ranks: list[subprocess.Popen]) -> int:
-    """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout."""
-    status, deadline = 0, math.inf
+    """Wait for all ranks; when one fails, end the others, which would wait for it until their timeout.
+
+    Returns:
+        STALLED_EXIT_CODE if any rank ended with that (the rank that it found silent has been killed, perhaps before);
+        else the exit status of the first that failed, 128 + N for one killed by signal N; else 0.
+    """
+    status, stalled, deadline = 0, False, math.inf
     waiting = list(ranks)
     while waiting:
         for rank in list(waiting):
@@ -79,6 +84,8 @@ def wait_for_ranks(ranks: list[subprocess.Popen]) -> int:
             except subprocess.TimeoutExpired:
                 continue
             waiting.remove(rank)
+            if code == STALLED_EXIT_CODE:
+                stalled = True
             if code and not status:
                 status = code
                 if code != REQUEUE_EXIT_CODE:
@@ -88,6 +95,8 @@ def wait_for_ranks(ranks: list[subprocess.Popen]) -> int:
         if time.monotonic() > deadline:  # a stopped process never sees SIGTERM, a hung one never acts on it
             for other in waiting:
                 other.kill()
+    if stalled:
+        return STALLED_EXIT_CODE
     return status if status >= 0 else 128 - status
 
 

@@ -20,7 +20,7 @@ from megatron_medllm.storage import write_json
 from megatron_medllm.train.guard import LossGuard
 from megatron_medllm.train.metrics import MetricsLog, forget_wandb_run
 from megatron_medllm.train.one_step import StepResult, run_step
-from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
+from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs, write_end_token
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
 from megatron_medllm.train.watch import watching
@@ -70,8 +70,8 @@ def _export(trainer: Trainer) -> None:
         source_dir=run.tokenizer_dir(),
         dtype=DTYPES[run.model.dtype],
     )
-    if trainer.runtime.is_main and run.model.path is None:  # a model born here: its documents say how a text ends
-        write_json(hf_dir / "generation_config.json", {"eos_token_id": trainer.step.end_token_id})
+    if trainer.runtime.is_main:
+        write_end_token(hf_dir, run, trainer.step)
 
 
 def _fit(trainer: Trainer, first: int, started: float) -> bool:

@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_medllm.checkpoint.description import describe_checkpoint
+from megatron_medllm.checkpoint.torch_dist import CARRIED_DIR
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig, RpoConfig
 from megatron_medllm.corpus.blend import read_blend
@@ -17,6 +18,7 @@ from megatron_medllm.models.config import DTYPES
 from megatron_medllm.models.qwen25 import unwrap
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.storage import write_json
 from megatron_medllm.train.cpt_step import CptStep
 from megatron_medllm.train.model import build_chunks, refuse_random_reference, resolve_adapter
 from megatron_medllm.train.rpo_step import RpoStep
@@ -54,6 +56,12 @@ def check_inputs(run: RunConfig) -> None:
             raise UserError(f"{source.path} was built with another tokenizer than {tokenizer}")
 
 
+def write_end_token(hf_dir: Path, run: RunConfig, step: Step) -> None:
+    """Add the generation settings of a model born here: its documents say how a text ends."""
+    if run.model.path is None:
+        write_json(hf_dir / "generation_config.json", {"eos_token_id": step.end_token_id})
+
+
 def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
     """Model, optimizer, data and state of `run.stage`. Collective.
 
@@ -86,6 +94,7 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
         stored = adapter and adapter.model_copy(update={"path": None})
         source_dir = run.tokenizer_dir()
         describe_checkpoint(checkpoint, shape, dtype=DTYPES[run.model.dtype], source_dir=source_dir, adapter=stored)
+        write_end_token(checkpoint / CARRIED_DIR, run, step)
 
     return Trainer(
         run=run,

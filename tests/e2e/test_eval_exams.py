@@ -76,7 +76,8 @@ def test_all_of_igakuqa_in_both_modes(shared_data: Path, tmp_path: Path) -> None
     kept = kill_after(start(config, model, output), output / ANSWER_LOG, 900)
     assert kept < 4000
     summary = run_exam(config, model, output)
-    assert summary["timing"]["taken_from_log"] == kept
+    # Of the unit that the kill interrupted nothing is taken: it is decoded again whole.
+    assert kept - config.engine.unit_size < summary["timing"]["taken_from_log"] <= kept
     for result in summary["modes"].values():
         assert (result["n"], result["possible"], result["text_only"]["n"]) == (2000, 2485, 1471)
         assert result["correct"] >= 1  # 116A71: everyone is credited

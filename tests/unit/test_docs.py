@@ -1,13 +1,23 @@
 """The documentation agrees with the repository: links, file names, the menu, printed tables, length of sentences."""
 
+import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer.main
 import yaml
+from pydantic import BaseModel
+
+from megatron_medllm.cli.app import app
+from megatron_medllm.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -82,6 +92,116 @@ def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     named = [name for name in _PATH.findall(page.read_text(encoding="utf-8")) if not _NOT_OURS.search(name)]
     assert [name for name in named if not any((place / name).exists() for place in _PLACES)] == []
+
+
+def options(command: Any, path: str = "medllm") -> Iterator[tuple[str, str]]:
+    """Every option of every command."""
+    for name, part in getattr(command, "commands", {}).items():
+        yield from options(part, f"{path} {name}")
+    for parameter in command.params:
+        yield from ((path, option) for option in parameter.opts if option.startswith("--"))
+
+
+def settings(model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Every setting of a recipe, with the sections around it."""
+    for name, field in model.model_fields.items():
+        yield f"{path}{name}"
+        for part in (field.annotation, *get_args(field.annotation)):
+            inner = next((p for p in (part, *get_args(part)) if isinstance(p, type) and issubclass(p, BaseModel)), None)
+            if inner is not None:
+                yield from settings(inner, f"{path}{name}.")
+                break
+
+
+def test_every_option_of_every_command_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    found = [(command, option) for command, option in options(typer.main.get_command(app)) if option != "--help"]
+    assert len(found) > 40
+    assert [row for row in found if not re.search(rf"{re.escape(row[1])}\b", text)] == []
+
+
+def test_every_setting_of_a_recipe_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    found = list(settings(RunConfig))
+    assert {"eval.engine.retries", "corpora.sources.clean.nfc", "rpo.guard.max_margin"} <= set(found)
+    assert sorted({name.rsplit(".")[-1] for name in found if not re.search(rf"\b{name.rsplit('.')[-1]}\b", text)}) == []
+
+
+@functools.cache
+def printed_by_the_package() -> str:
+    """Every text in the package, with … for what is filled in; without quotes, which depend on what is filled in."""
+    found = []
+    for path in sorted((ROOT / "megatron_medllm").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return re.sub(r"[`'\"]", "", "\n".join(" ".join(re.sub(r"%[.\w]", "…", text).split()) for text in found))
+
+
+def messages(text: str) -> list[str]:
+    """What the tables of a page quote in their first column as what a user sees."""
+    found, inside = [], False
+    for line in prose(text).splitlines():
+        if not line.startswith("|"):
+            inside = False
+        elif re.match(r"\| (message|what you see) \|", line):
+            inside = True
+        elif inside:
+            found += re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", line)[1])
+    return found
+
+
+def unknown_parts(message: str, printed: str) -> list[str]:
+    """The parts between … and numbers that the package does not print."""
+    plain = re.sub(r"[`'\"]", "", message.replace("\\|", "|"))
+    parts = [part.strip(" :;,.()") for part in re.split(r"…|\b\d[\d.]*\b", plain)]
+    return [part for part in parts if len(part) > 8 and part not in printed]
+
+
+def test_pages_quote_messages_that_the_package_prints() -> None:
+    printed = printed_by_the_package()
+    quoted = [(page.name, message) for page in GUIDES for message in messages(page.read_text(encoding="utf-8"))]
+    assert len(quoted) > 100
+    wrong = [(page, message, parts) for page, message in quoted if (parts := unknown_parts(message, printed))]
+    assert [row for row in wrong if row[0] != "install.md"] == []  # those are pip's and Debian's
+
+
+def test_a_message_that_nobody_prints_is_found() -> None:
+    row = "| `the … engine left 3 requests unanswered`, `it broke badly` | x |"
+    text = f"| what you see | what to do |\n|---|---|\n{row}\n"
+    found = messages(text)
+    assert found == ["the … engine left 3 requests unanswered", "it broke badly"]
+    assert [unknown_parts(message, printed_by_the_package()) for message in found] == [[], ["it broke badly"]]
+
+
+def lists_inside_paragraphs(text: str) -> list[str]:
+    """First items of lists that follow a line of text: GitHub shows a list there, mkdocs a paragraph."""
+    lines = prose(text).splitlines()
+    item, continued = re.compile(r"^([-*]|\d+\.) "), re.compile(r"^ +\S")
+    found, inside = [], False
+    for before, line in pairwise(["", *lines]):
+        if item.match(line):
+            if before.strip() and not inside:
+                found.append(line)
+            inside = True
+        elif not continued.match(line):
+            inside = False
+    return found
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_list_and_table_is_one_on_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    after_heading = re.sub(r"^(#+ .*)$", r"\1\n", text, flags=re.MULTILINE)
+    assert lists_inside_paragraphs(after_heading) == []
+    assert re.findall(r"`[^`\n]*\\\|[^`\n]*`", prose(text)) == [], "mkdocs shows the backslash in code"
+
+
+def test_a_list_inside_a_paragraph_is_found() -> None:
+    assert lists_inside_paragraphs("Text.\n- one\n- two\n  more\n- three\n\n- four\n") == ["- one"]
 
 
 def test_the_menu_names_every_page_once() -> None:

@@ -10,7 +10,7 @@ from megatron_medllm.storage import read_json
 
 
 def test_threads_may_report_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_UPDATES_PER_S", float("inf"))  # every update is written
+    monkeypatch.setattr(progress, "UPDATES_PER_S", float("inf"))  # every update is written
     path = tmp_path / "stage.progress"
     file = progress.ProgressFile(path, title="export", total=3000)
     with ThreadPoolExecutor(8) as pool:

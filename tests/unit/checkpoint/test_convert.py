@@ -137,6 +137,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path):
     hf_dir = write_twin(tmp_path / "hf", twin_shape("1.5b", layers=8))
     paths = [str(hf_dir), str(tmp_path / "killed"), str(tmp_path / "killed_back")]

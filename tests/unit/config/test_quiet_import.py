@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_training_is_imported_without_a_warning() -> None:
     """Megatron-Core warns eight times that it does without Apex and Transformer Engine."""
     done = subprocess.run(

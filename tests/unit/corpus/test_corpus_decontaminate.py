@@ -158,6 +158,7 @@ def test_what_is_no_question_is_named(tmp_path):
         load_questions([str(tmp_path / "none")])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "igakuqa").exists(), reason="needs the shared data")
 def test_all_of_igakuqa_in_medical_text():
     config = DecontaminateConfig(exams=str(SHARED / "igakuqa" / "20*"))

@@ -91,6 +91,7 @@ def test_packing_is_told_by_the_first_bytes_too(tmp_path, suffix):
     assert read_all(tmp_path / "A.JSONL")[0] == TEXTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "bzip2", "xz"])
 def test_unpacking_is_bounded_at_every_step(compression):
     pack = dict(zip(["gzip", "zstd", "bzip2", "xz"], PACKED.values(), strict=True))[compression]
@@ -112,6 +113,7 @@ print(losses, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.gz", "a.json.xz"])
 def test_a_small_file_that_unpacks_far_takes_bounded_memory(tmp_path, name):
     data = (b'[{"text": "' if ".json.x" in name else b'{"text": "') + b"x" * (400 << 20)

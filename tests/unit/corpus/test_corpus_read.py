@@ -113,6 +113,7 @@ def test_broken_files(tmp_path, build_one):
     assert manifest["sources"]["s"]["dropped"] == {"read": 4}
 
 
+@pytest.mark.slow
 def test_one_document_larger_than_a_batch(tmp_path, build_one):
     big = "血圧" * 1_500_000  # 9 MB, read in blocks of 4
     output, manifest = build_one([SENTENCES[0], big, SENTENCES[1]], chunk_mb=1)

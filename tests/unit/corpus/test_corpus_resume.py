@@ -49,6 +49,7 @@ def config(tmp_path, configure) -> CorpusConfig:
     return configure(sources, chunk_mb=0.01, dedup={"near": True})
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, config):
     build(config, tmp_path / "whole", workers=1)
     expected = contents(tmp_path / "whole")

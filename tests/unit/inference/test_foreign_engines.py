@@ -1,5 +1,6 @@
 """Engines that are other processes: an HTTP endpoint, and the vLLM worker around a stand-in for vLLM."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,19 +8,24 @@ import pytest
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.inference.answer_log import answer_requests
 from megatron_medllm.inference.engines import open_engine
 from megatron_medllm.inference.protocol import Request
+from megatron_medllm.storage import read_json
 from tests.worlds.exam import ScriptedEndpoint
 
 STAND_IN = """
-import os, sys
+import json, os, sys
 from types import SimpleNamespace
 __version__ = "stand-in"
 class SamplingParams(SimpleNamespace):
     pass
 class LLM:
-    def __init__(self, model, dtype, tensor_parallel_size, max_model_len=0):
-        print("noise on standard output", model, dtype, tensor_parallel_size, max_model_len)
+    def __init__(self, **options):
+        print("noise on standard output", options)
+        invariant = os.environ.get("VLLM_BATCH_INVARIANT")
+        with open(os.environ["STAND_IN_OPTIONS"], "w") as stream:
+            json.dump(options | {"VLLM_BATCH_INVARIANT": invariant}, stream)
     def _reply(self, text, p):
         if text.startswith("say "):  # a scripted continuation, ended by max_tokens characters or the first stop text
             text, reason, stop = text[4 : 4 + p.max_tokens], "length" if len(text) - 4 > p.max_tokens else "stop", None
@@ -43,14 +49,30 @@ class LLM:
 
 @pytest.fixture
 def vllm_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
-    (tmp_path / "vllm.py").write_text(STAND_IN)
+    module = tmp_path / "vllm" / "model_executor" / "layers" / "batch_invariant.py"
+    module.parent.mkdir(parents=True)
+    for package in (module.parent, module.parents[1]):
+        (package / "__init__.py").touch()
+    module.touch()
+    (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("STAND_IN_OPTIONS", str(tmp_path / "options.json"))
     return EngineConfig(kind="vllm", python=Path(sys.executable), tensor_parallel=4, max_model_len=2048)
 
 
 def test_vllm_worker(vllm_config: EngineConfig, tiny_model: Path) -> None:
     engine = open_engine(vllm_config, tiny_model)
-    assert engine.describe() == {"engine": "vllm", "vllm": "stand-in", "dtype": "auto", "tensor_parallel": 4}
+    assert engine.describe() == {
+        "engine": "vllm",
+        "vllm": "stand-in",
+        "dtype": "auto",
+        "tensor_parallel": 4,
+        "max_model_len": 2048,
+        "memory_share": 0.9,
+        "prefix_caching": True,
+        "engine_seed": 0,
+        "batch_invariant": False,
+    }
     requests = [
         Request("1", "問", max_new_tokens=9, temperature=0.5, top_p=0.9, seed=11, stop=("X",)),
         Request("2", messages=({"role": "user", "content": "話"},), max_new_tokens=1),
@@ -64,6 +86,53 @@ def test_vllm_worker(vllm_config: EngineConfig, tiny_model: Path) -> None:
     assert done["2"].text == "話|0.0|1.0|0|1|[]"
     assert [done[i].finish_reason for i in "123"] == ["stop", "length", "eos"]
     assert (done["1"].prompt_tokens, done["1"].new_tokens) == (5, 3)
+
+
+def test_vllm_settings_reach_it(vllm_config: EngineConfig, tiny_model: Path, tmp_path: Path) -> None:
+    changes = {"memory_share": 0.85, "prefix_caching": False, "seed": 3, "dtype": "bfloat16"}
+    requests = [Request("1", "問"), Request("2", "話")]
+    config = vllm_config.model_copy(update=changes)
+    answers = answer_requests(config, tiny_model, requests, log=tmp_path / "a.jsonl", title="test")
+    assert read_json(tmp_path / "options.json") == {
+        "model": str(tiny_model),
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 4,
+        "gpu_memory_utilization": 0.85,
+        "enable_prefix_caching": False,
+        "seed": 3,
+        "trust_remote_code": False,
+        "max_model_len": 2048,
+        "VLLM_BATCH_INVARIANT": "1",
+    }
+    told = {
+        "memory_share": 0.85,
+        "prefix_caching": False,
+        "engine_seed": 3,
+        "batch_invariant": True,
+        "vllm": "stand-in",
+    }
+    assert told.items() <= answers.provenance.items()
+    again = answer_requests(config, tiny_model, requests, log=tmp_path / "a.jsonl", title="test")
+    assert again.timing["answered"] == 0 and again.provenance == answers.provenance
+
+
+@pytest.mark.parametrize(("warm", "setting", "asked"), [(1.0, None, None), (1.0, True, "1"), (0.0, False, None)])
+def test_batch_invariance_is_asked_for_when_all_is_greedy(
+    vllm_config: EngineConfig, tiny_model: Path, tmp_path: Path, warm: float, setting: bool | None, asked: str | None
+) -> None:
+    requests = [Request("1", "問"), Request("2", "話", temperature=warm)]
+    config = vllm_config.model_copy(update={"batch_invariant": setting})
+    answers = answer_requests(config, tiny_model, requests, log=tmp_path / "a.jsonl", title="test")
+    assert read_json(tmp_path / "options.json")["VLLM_BATCH_INVARIANT"] == asked
+    assert answers.provenance["batch_invariant"] == bool(asked)
+
+
+def test_a_vllm_without_batch_invariance_does_not_claim_it(
+    vllm_config: EngineConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "vllm" / "model_executor")
+    answers = answer_requests(vllm_config, tiny_model, [Request("1", "問")], log=tmp_path / "a.jsonl", title="test")
+    assert answers.provenance["batch_invariant"] is False
 
 
 def test_vllm_that_dies_midway_tells_its_last_words(vllm_config: EngineConfig, tiny_model: Path) -> None:

@@ -192,6 +192,7 @@ def train(model: TinyLanguageModel, *, chain_seed: int, steps: int = 200) -> flo
     return sum(losses[-25:]) / 25
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_in_fp8_learn_as_bf16_does():
     losses = {}
     for kind in ("bf16", "fp8"):
@@ -203,6 +204,7 @@ def test_two_hundred_steps_in_fp8_learn_as_bf16_does():
     assert abs(losses["fp8"] / losses["bf16"] - 1) < 0.01, losses
 
 
+@pytest.mark.slow
 def test_adapters_on_an_fp8_base_learn_as_on_a_bf16_base():
     losses = {}
     for kind in ("bf16", "fp8"):

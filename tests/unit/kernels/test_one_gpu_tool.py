@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[3]
 TOOL = REPOSITORY / "tools/kernels/one_gpu.py"
 
 
+@pytest.mark.slow
 def test_tiny_run(tmp_path: Path):
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(TOOL), "--tiny", "--out", str(tmp_path)]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_every_kernel_in_the_interpreter():
     command = [
         sys.executable,

@@ -195,6 +195,7 @@ def test_all_three_products_of_every_linear_run_in_fp8(parent: str, name: str):
         assert 0.02 < rms(found, expected) < 0.045  # block-scaled e4m3 on Gaussian data: 0.037
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_in_fp8_learn_as_bf16_does():
     bf16 = train(build_tiny(SHAPE, dtype="bfloat16"), 200)
     fp8 = train(build_tiny(SHAPE, dtype="bfloat16", fp8="blockwise"), 200)

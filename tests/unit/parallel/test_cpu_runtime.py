@@ -56,6 +56,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_only_megatron_is_redirected():
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     result = subprocess.run(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
+from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, STALLED_EXIT_CODE
 from megatron_medllm.config.train import GuardConfig
 from megatron_medllm.train import local_ranks, signals
 from megatron_medllm.train.metrics import MetricsLog, forget_wandb_run
@@ -32,6 +32,16 @@ def test_a_stopped_rank_does_not_outlive_one_that_failed(monkeypatch):
     stopped.send_signal(signal.SIGSTOP)  # never sees SIGTERM
     assert local_ranks.wait_for_ranks([python("raise SystemExit(3)"), stopped]) == 3
     assert stopped.returncode == -signal.SIGKILL  # it would have slept for an hour
+
+
+def test_the_verdict_of_a_stall_outranks_the_rank_that_was_killed_for_it():
+    killed = python("import time; time.sleep(3600)")
+    killed.kill()
+    killed.wait()
+    watcher = python(f"raise SystemExit({STALLED_EXIT_CODE})")
+    watcher.wait()
+    assert local_ranks.wait_for_ranks([killed, watcher]) == STALLED_EXIT_CODE
+    assert local_ranks.wait_for_ranks([killed]) == 137
 
 
 def test_the_allotted_time_begins_where_the_training_did():
