@@ -23,7 +23,7 @@ MergeOption = Annotated[
 
 def shard_of(shard: str | None, *, merge: bool) -> Any:
     """The shard that `--shard` names, if it does."""
-    from megatron_medllm.inference.shards import Shard
+    from megatron_medllm.shard import Shard
 
     if shard is None:
         return None

@@ -103,6 +103,7 @@ class ClusterConfig(Section):
         default=None,
         description="shell command, run when the whole chain has ended, well or not: docs/slurm.md has its arguments",
     )
+    corpus_tasks: int = Field(default=1, gt=0, description="tasks of a job array that share the building of a corpus")
     exclude: tuple[str, ...] = Field(default=(), description="nodes never to use")
     max_restarts_without_progress: int = Field(
         default=3, gt=0, description="restarts in a row without a new checkpoint before a job gives up"

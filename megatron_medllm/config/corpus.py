@@ -30,6 +30,11 @@ class CleanConfig(Section):
         default=1.0, ge=0, le=1, description="drop documents where more 10-grams recur (1: keep all)"
     )
 
+    @property
+    def judges(self) -> bool:
+        """Whether a document that is not empty may be dropped."""
+        return bool(self.min_chars or self.max_chars or self.min_japanese_ratio or self.max_repeat_ratio < 1)
+
 
 class SourceConfig(Section):
     """One body of text: files, or a Hugging Face data set. It becomes one `.bin`/`.idx` pair."""

@@ -3,11 +3,11 @@
     plan units -> workers: read, clean, decontaminate, sign, tokenize (one part each) -> find copies over all parts
     -> merge the kept documents into PREFIX.bin/.idx -> account
 
-Parts appear whole, and everything after them is a function of the parts: a run killed at any moment goes on from the
-parts it has and ends in the same bytes. Parts live in OUTPUT/.work until the manifest is written.
+Several processes may share the units (`build_shard`), one does the rest (`finish`). Parts appear whole, and everything
+after them is a function of the parts: a run killed at any moment goes on from the parts it has and ends in the same
+bytes. Parts live in OUTPUT/.work until the manifest is written.
 """
 
-import fcntl
 import multiprocessing
 import os
 import pickle
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_medllm import __version__
 from megatron_medllm.account import Account
-from megatron_medllm.config.corpus import CorpusConfig, SourceConfig
+from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus.blend import add_blend
 from megatron_medllm.corpus.dedup import find_copies
 from megatron_medllm.corpus.index import bin_path, idx_path, token_dtype
@@ -33,18 +33,19 @@ from megatron_medllm.corpus.merge import (
     source_facts,
     write_accounts,
 )
-from megatron_medllm.corpus.questions import index_questions, load_questions, question_files
+from megatron_medllm.corpus.plan import MANIFEST, Plan, alone, among_shards, one_at_a_time, open_output, plan_corpus
+from megatron_medllm.corpus.questions import index_questions, load_questions
 from megatron_medllm.corpus.read import read_piece
 from megatron_medllm.corpus.summary import write_summary
-from megatron_medllm.corpus.tokenizer import TokenizerFacts, choose_backend, describe_tokenizer
-from megatron_medllm.corpus.units import Unit, dataset_files, plan_units
-from megatron_medllm.corpus.worker import Job, digest_path, encode_fast, run_unit, start_worker
+from megatron_medllm.corpus.tokenizer import choose_backend
+from megatron_medllm.corpus.units import Unit
+from megatron_medllm.corpus.worker import QUESTIONS, Job, digest_path, encode_fast, run_unit, start_worker
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
-from megatron_medllm.storage import atomic_write, digest_file, full_disk_error, read_json, write_json
+from megatron_medllm.shard import Shard
+from megatron_medllm.storage import atomic_write, full_disk_error, read_json, write_json
 
-MANIFEST = "manifest.json"
-WORK = ".work"
+DIGESTS = "digests"
 _SAMPLE_CHARS = 30_000
 # Which setting to look at where most of a source was lost in one way.
 _SETTINGS = {
@@ -62,7 +63,6 @@ _SETTINGS = {
     "dedup.": ".dedup",
     "decontaminate": ".decontaminate",
 }
-_PARTS_FORMAT = 3  # raised where a part's bytes change for the same input: parts of two formats do not mix
 
 
 def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None, strict: bool = False) -> dict:
@@ -72,145 +72,136 @@ def build(config: CorpusConfig, output_dir: Path, *, workers: int | None = None,
     only those have changed).
 
     Args:
-        workers: processes; default: one per core. The result does not depend on it.
+        workers: processes; default: one per core that this process may use. The result does not depend on it.
         strict: make the first document that cannot be read an error.
 
     Raises:
         UserError: bad input or config, a full disk, or `output_dir` holds something built otherwise.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(output_dir):
-        try:
-            return _build(config, output_dir, workers or os.cpu_count() or 1, strict)
-        except OSError as error:
-            raise full_disk_error(error, output_dir) from error
-        except BrokenProcessPool:
+    with _reporting(output_dir), alone(output_dir):
+        plan = plan_corpus(config, output_dir)
+        return _finished(plan, open_output(plan), workers, strict)
+
+
+def build_shard(
+    config: CorpusConfig, output_dir: Path, shard: Shard, *, workers: int | None = None, strict: bool = False
+) -> list[Unit]:
+    """Make the parts of one shard's units in `output_dir`, which all shards share; `finish` makes the result of all.
+
+    Shards may run at the same time or one after the other, on any host that sees `output_dir` and the inputs, and may
+    be killed and run again. Their number may change: what is done stays done.
+
+    Returns:
+        The units that this call had to do.
+
+    Raises:
+        UserError: as `build`; also, that the tokenizer library chosen here is not the one that other shards use.
+    """
+    with _reporting(output_dir), among_shards(output_dir):
+        plan = plan_corpus(config, output_dir)
+        if not (output_dir / MANIFEST).exists():
+            with one_at_a_time(output_dir):
+                open_output(plan, shared=True)
+            mine = [unit for unit in plan.missing() if shard.owns(unit.number)]
+            with _workers(plan, len(mine), workers, strict) as pool:
+                backend, _ = _prepare(plan, pool)
+                _run_units(pool, mine, backend)
+                files = [path for number, path in enumerate(plan.files) if shard.owns(number)]
+                write_json(shard.file(plan.work / DIGESTS / "inputs.json"), _digest_inputs(plan, pool, files))
+            return mine
+        open_output(plan, shared=True)
+        return []
+
+
+def finish(config: CorpusConfig, output_dir: Path, *, workers: int | None = None) -> dict:
+    """Build the result from the parts of all shards; the same as `build`'s, which it ends as.
+
+    Raises:
+        UserError: as `build`, or a unit's part is missing.
+    """
+    with _reporting(output_dir), alone(output_dir):
+        plan = plan_corpus(config, output_dir)
+        manifest = open_output(plan)
+        if manifest is None and (missing := plan.missing()):
+            first = missing[0].pieces[0]
             raise UserError(
-                "a corpus worker was killed (out of memory?); run the same command again to go on, with fewer --workers"
-            ) from None
+                f"{output_dir}: {len(missing)} of {len(plan.units)} units are not done, the first of them in "
+                f"{first.path}; run the shards that were killed or never started again"
+            )
+        return _finished(plan, manifest, workers, strict=False)
 
 
 @contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    with open(output_dir / ".lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output_dir}: another corpus build is writing here") from None
+def _reporting(output_dir: Path) -> Iterator[None]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
         yield
+    except OSError as error:
+        raise full_disk_error(error, output_dir) from error
+    except BrokenProcessPool:
+        raise UserError(
+            "a corpus worker was killed (out of memory?); run the same command again to go on, with fewer --workers"
+        ) from None
 
 
-def _build(config: CorpusConfig, output_dir: Path, workers: int, strict: bool) -> dict:
-    tokenizer = describe_tokenizer(config.tokenizer, kind=config.tokenizer_kind, pattern=config.tiktoken_pattern)
-    if config.eod_id >= tokenizer.vocab_size:
-        raise UserError(f"eod_id {config.eod_id} is not below the tokenizer's vocabulary size {tokenizer.vocab_size}")
-    units, inputs = _plan(config)
-    identity = _identity(config, tokenizer, inputs)
-    manifest = _open_output(config, output_dir, identity)
+def _finished(plan: Plan, manifest: dict | None, workers: int | None, strict: bool) -> dict:
+    output_dir, config = plan.output_dir, plan.config
     if manifest is None:
-        parts = output_dir / WORK / "parts"
-        missing = [unit for unit in units if not (parts / f"{unit.name}.json").exists()]
-        context = multiprocessing.get_context("spawn")  # tokenizers hold threads that a fork would lose
-        job = Job(config, tokenizer, parts, output_dir / WORK / "questions.pickle", strict, os.getpid())
-        with ProcessPoolExecutor(max(1, min(workers, len(units))), context, start_worker, (job,)) as pool:
-            try:
-                sample = _sample(config, units)
-                fast = pool.submit(encode_fast, sample)
-                if config.decontaminate.exams:
-                    questions = index_questions(load_questions(config.decontaminate.exams), config.decontaminate)
-                    with atomic_write(job.questions) as stream:
-                        pickle.dump(questions, stream)
-                backend, why = choose_backend(tokenizer, sample, fast.result)
-                _run_units(pool, missing, backend)
-                manifest = _assemble(config, output_dir, units, tokenizer)
-                manifest["inputs"] = _digests(pool, [Path(p) for p, facts in inputs.items() if "bytes" in facts])
-                outputs = [path(output_dir / name) for name in config.sources for path in (bin_path, idx_path)]
-                manifest["outputs"] = {Path(p).name: digest for p, digest in _digests(pool, outputs).items()}
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        manifest |= {"built_from": identity, "backend": {"name": backend, "why": why}}
+        with _workers(plan, len(plan.units), workers, strict) as pool:
+            backend, why = _prepare(plan, pool)
+            _run_units(pool, plan.missing(), backend)
+            manifest = _assemble(plan)
+            manifest["inputs"] = _digest_inputs(plan, pool, plan.files)
+            outputs = [path(output_dir / name) for name in config.sources for path in (bin_path, idx_path)]
+            manifest["outputs"] = {Path(p).name: digest for p, digest in _digests(pool, outputs).items()}
+        manifest |= {"built_from": plan.identity, "backend": {"name": backend, "why": why}}
     manifest = add_blend(manifest, config)
     write_summary(output_dir / "summary.html", manifest)
     write_json(output_dir / MANIFEST, manifest)
-    shutil.rmtree(output_dir / WORK, ignore_errors=True)
+    shutil.rmtree(plan.work, ignore_errors=True)
     return manifest
 
 
-def _plan(config: CorpusConfig) -> tuple[list[Unit], dict[str, dict]]:
-    """All units, and the size and time of every input file; nothing of a file on the hub, whose name tells all."""
-    units: list[Unit] = []
-    for name, source in config.sources.items():
-        units += plan_units(name, source, first_number=len(units), chunk_bytes=max(1, int(config.chunk_mb * 1e6)))
-    inputs: dict[str, dict] = {}
-    for name, source in config.sources.items():
-        pieces = (piece.path for unit in units if unit.source == name for piece in unit.pieces)
-        for path in dataset_files(source) if source.dataset else dict.fromkeys(pieces):
-            inputs.setdefault(path, {"source": name})
-            if os.path.exists(path):
-                stat = os.stat(path)
-                inputs[path] |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return units, inputs
+@contextmanager
+def _workers(plan: Plan, units: int, workers: int | None, strict: bool) -> Iterator[ProcessPoolExecutor]:
+    """Processes that have the tokenizer loaded, no more than there are units to do."""
+    context = multiprocessing.get_context("spawn")  # tokenizers hold threads that a fork would lose
+    job = Job(plan.config, plan.tokenizer, plan.parts, strict, os.getpid())
+    count = max(1, min(workers or len(os.sched_getaffinity(0)), units))  # Slurm gives a task some of a node's cores
+    with ProcessPoolExecutor(count, context, start_worker, (job,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _identity(config: CorpusConfig, tokenizer: TokenizerFacts, inputs: dict[str, dict]) -> dict:
-    """What the bytes of the result depend on: equal identities may share parts."""
-    settings = config.model_dump(mode="json", exclude={"tokenizer", "split", "replay_share", "token_budget"})
-    for source in settings["sources"].values():
-        for blend_only in ("weight", "replay", "licence"):
-            del source[blend_only]
-        for later in ("encoding", "max_document_mb", "zstd_window_mb"):  # finished corpora of before stay what they are
-            if source[later] == SourceConfig.model_fields[later].default:
-                del source[later]
-    facts = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "kind": tokenizer.kind}
-    exams = {str(path): digest_file(path) for path in question_files(config.decontaminate.exams)}
-    return {"tokenizer": facts, "config": settings, "inputs": inputs, "exams": exams}
-
-
-def _open_output(config: CorpusConfig, output_dir: Path, identity: dict) -> dict | None:
-    """Prepare `output_dir`; returns the manifest if it already holds the finished result.
+def _prepare(plan: Plan, pool: ProcessPoolExecutor) -> tuple[str, str]:
+    """Choose the tokenizer library, and why, while the workers start; index the exam questions for them.
 
     Raises:
-        UserError: it holds something else, finished or not.
+        UserError: parts were made here with another library, whose ids may differ beyond the sample.
     """
-    plan = output_dir / WORK / "plan.json"
-    manifest = read_json(output_dir / MANIFEST) if (output_dir / MANIFEST).exists() else None
-    unfinished = identity | {"parts_format": _PARTS_FORMAT}
-    begun = manifest["built_from"] if manifest else read_json(plan) if plan.exists() else None
-    if begun is not None:
-        _refuse_difference(output_dir, begun, identity if manifest else unfinished)
-        for leftover in [*output_dir.glob(".*.partial"), *plan.parent.rglob(".*.partial")]:
-            leftover.unlink(missing_ok=True)
-        return manifest
-    for name in config.sources:
-        for path in (bin_path(output_dir / name), idx_path(output_dir / name)):
-            if path.exists():
-                raise UserError(f"{path}: exists, and no manifest says where it comes from; choose another output")
-    (output_dir / WORK / "parts").mkdir(parents=True, exist_ok=True)
-    write_json(plan, unfinished)
-    return None
-
-
-def _refuse_difference(output_dir: Path, begun: dict, identity: dict) -> None:
-    difference = _first_difference(begun, identity)
-    if difference is None:
-        return
-    where, old, new = difference
-    what = "another tokenizer" if where.startswith("tokenizer") else "other input or settings"
-    raise UserError(
-        f"{output_dir}: was begun with {what} ({where}: {old} there, {new} now); "
-        "choose another output, or delete this one to start over"
-    )
-
-
-def _first_difference(old: object, new: object, where: str = "") -> tuple[str, object, object] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-            if found:
-                return found
-        return None
-    return None if old == new else (where, old, new)
+    sample = _sample(plan.config, plan.units)
+    fast = pool.submit(encode_fast, sample)
+    decontaminate, questions = plan.config.decontaminate, None
+    if decontaminate.exams:
+        questions = index_questions(load_questions(decontaminate.exams), decontaminate)
+    backend, why = choose_backend(plan.tokenizer, sample, fast.result)
+    with one_at_a_time(plan.output_dir):
+        if questions is not None:
+            with atomic_write(plan.parts / QUESTIONS) as stream:
+                pickle.dump(questions, stream)
+        chosen = plan.work / "backend.json"
+        if not chosen.exists():
+            write_json(chosen, {"name": backend, "why": why})
+        begun = read_json(chosen)
+    if begun["name"] != backend:
+        raise UserError(
+            f"{plan.output_dir}: was begun with {begun['name']}, but here it would go on with {backend} ({why}); "
+            "install the same packages, or delete this directory to start over"
+        )
+    return backend, why
 
 
 def _sample(config: CorpusConfig, units: list[Unit]) -> list[str]:
@@ -243,9 +234,10 @@ def _run_units(pool: ProcessPoolExecutor, missing: list[Unit], backend: str) -> 
             bar.update(round(done / 1e6, 1), f"{done / 1e6 / elapsed:.1f} MB/s, {tokens / 1e6:.1f} M tokens")
 
 
-def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokenizer: TokenizerFacts) -> dict:
+def _assemble(plan: Plan) -> dict:
     """From complete parts to final files; returns the facts of the sources."""
-    parts = load_parts(output_dir / WORK / "parts", units)
+    config, output_dir, tokenizer = plan.config, plan.output_dir, plan.tokenizer
+    parts = load_parts(plan.parts, plan.units)
     copies = find_copies(parts, config)
     dtype = token_dtype(tokenizer.vocab_size)
     sources: dict[str, dict] = {}
@@ -258,7 +250,7 @@ def _assemble(config: CorpusConfig, output_dir: Path, units: list[Unit], tokeniz
     try:
         _require_sources(account, output_dir)
     except UserError:
-        shutil.rmtree(output_dir / WORK)  # what mends it is other input or settings, which these parts do not fit
+        shutil.rmtree(plan.work)  # what mends it is other input or settings, which these parts do not fit
         raise
     for name, own in owned.items():
         merge_source(output_dir / name, own, copies, dtype)
@@ -293,6 +285,15 @@ def _require_sources(account: Account, output_dir: Path) -> None:
         where = setting[1:] if setting.startswith(".") else f"sources.{name}.{setting}"
         listed = f" (all losses: {output_dir / 'dropped.jsonl.zst'})" if tally.lost else ""
         account.require(f"check {where}, or leave the source out{listed}", subject=name)
+
+
+def _digest_inputs(plan: Plan, pool: ProcessPoolExecutor, paths: list[Path]) -> dict[str, str]:
+    """Digests of input files, by path; those that a shard has left are not made again."""
+    known: dict[str, str] = {}
+    for left in sorted((plan.work / DIGESTS).glob("*.json")):
+        known |= read_json(left)
+    known |= _digests(pool, [path for path in paths if str(path) not in known])
+    return {str(path): known[str(path)] for path in paths}
 
 
 def _digests(pool: ProcessPoolExecutor, paths: list[Path]) -> dict[str, str]:

@@ -39,6 +39,8 @@ _REPEAT_GRAM = 10
 def clean(texts: list[str], config: CleanConfig) -> list[tuple[str, str, str]]:
     """For each text (text, "", "") or, for a document to drop, (text, step, reason)."""
     texts = _rewrite(texts, config)
+    if not config.judges:
+        return [(text, "", "") if text else ("", *_judge("", config, 1.0, 0.0)) for text in texts]
     wants_japanese, wants_variety = config.min_japanese_ratio > 0, config.max_repeat_ratio < 1
     japanese = japanese_ratios(texts) if wants_japanese else [1.0] * len(texts)
     repeats = repeat_ratios(texts) if wants_variety else [0.0] * len(texts)

@@ -130,9 +130,10 @@ class _Sketches:
         """uint8 [documents, permutations]."""
         rows = np.empty((len(documents), self.permutations), np.uint8)
         numbers = np.searchsorted(self.first, documents, side="right") - 1
-        for number in np.unique(numbers):
+        order = np.argsort(numbers, kind="stable")  # part by part, whatever their number: each is mapped once
+        for chosen in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else ():
+            number = numbers[chosen[0]]
             mapped = np.memmap(self.parts[number].stem.with_suffix(".sketch"), mode="r")
-            chosen = numbers == number
             rows[chosen] = mapped.reshape(-1, self.permutations)[documents[chosen] - self.first[number]]
         return rows
 

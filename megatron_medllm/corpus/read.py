@@ -66,8 +66,10 @@ class Documents:
         self.ids.append(None if identifier is None else str(identifier))
         self.lines.append(line)
 
-    def add_row(self, row: object, line: int, source: SourceConfig, *, encoding: str = "utf-8") -> None:
-        """Append the document of a JSON object or of a data set's row."""
+    def add_row(
+        self, row: object, line: int, source: SourceConfig, *, encoding: str = "utf-8", is_unicode: bool = False
+    ) -> None:
+        """Append the document of a JSON object or of a data set's row. `is_unicode`: its strings are known to be."""
         if not isinstance(row, dict):
             self.lose(line, f"expected a JSON object, found {type(row).__name__}")
             return
@@ -80,7 +82,7 @@ class Documents:
             identifier = pick(row, source.id_field)
         except KeyError:
             identifier = None
-        if isinstance(text, str) and not text.isascii() and (problem := _unencodable(text)):
+        if not is_unicode and isinstance(text, str) and not text.isascii() and (problem := _unencodable(text)):
             self.lose(line, problem)
         else:
             self.add(text, identifier, line, encoding=encoding)
@@ -179,7 +181,7 @@ def _parse_json_line(batch: Documents, line: bytes, number: int, source: SourceC
         except (ValueError, RecursionError) as error:
             batch.lose(number, "not JSON", str(error))
             return
-    batch.add_row(row, number, source)
+    batch.add_row(row, number, source, is_unicode=True)  # orjson takes no lone surrogate, and json's were looked at
 
 
 def _parse_text_line(batch: Documents, line: bytes, number: int, source: SourceConfig, encoding: str) -> None:

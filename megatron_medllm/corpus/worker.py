@@ -1,21 +1,23 @@
 """One worker process: a unit of input becomes a part on disk, whole or not at all.
 
 A part is `NNNNNN.bin` (tokens), `.npz` (per document: tokens, characters, line, keys that copies are found by),
-`.sketch` (to verify copies), `.ids`, `.dropped` and `.contaminated` (JSON lines), and at the end `.json`, whose
-presence says that the rest is complete.
+`.sketch` (to verify copies), `.ids` (to name them), `.dropped` and `.contaminated` (JSON lines), and at the end
+`.json`, whose presence says that the rest is complete.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 import pickle
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import orjson
@@ -29,7 +31,9 @@ from megatron_medllm.corpus.read import Documents, count_lines, read_piece
 from megatron_medllm.corpus.tokenizer import Encoded, Encoder, Encoders, TokenizerFacts
 from megatron_medllm.corpus.units import InputPiece, Unit
 from megatron_medllm.errors import UserError
-from megatron_medllm.storage import atomic_write, write_json
+from megatron_medllm.storage import atomic_write, read_json, write_json
+
+QUESTIONS = "questions.pickle"  # beside the parts: the index of exam questions
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,11 @@ class Job:
     config: CorpusConfig
     tokenizer: TokenizerFacts
     parts: Path
-    questions: Path
     strict: bool
     parent_pid: int  # told, not asked: the parent may be dead before a worker has started
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A document on its way. `line` is within its piece."""
 
     text: str
@@ -92,6 +94,17 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
+@contextmanager
+def _claimed(path: Path, number: int) -> Iterator[None]:
+    """Hold one byte of a lock file that all processes share; waits for whoever holds it, and ends with its holder.
+
+    POSIX record locks hold between the hosts of a network file system too.
+    """
+    with open(path, "ab") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX, 1, number)
+        yield
+
+
 class UnitWriter:
     """Holds the tokenizer and the question index between units."""
 
@@ -106,7 +119,7 @@ class UnitWriter:
     def detector(self) -> Detector | None:
         """Finds exam questions; None where none are given. Read once, when the first unit comes."""
         if self._detector is None and self.job.config.decontaminate.exams:
-            with open(self.job.questions, "rb") as stream:
+            with open(self.job.parts / QUESTIONS, "rb") as stream:
                 self._detector = Detector(pickle.load(stream), self.job.config.decontaminate)
         return self._detector
 
@@ -116,8 +129,13 @@ class UnitWriter:
         return self.encoders.get(self.backend)
 
     def write(self, unit: Unit, backend: str) -> dict:
-        """Write the part of `unit` and return its facts."""
+        """Write the part of `unit`, unless another process has done so, and return its facts."""
         self.backend = backend
+        with _claimed(self.job.parts.parent / "units.lock", unit.number):
+            facts = self.job.parts / f"{unit.name}.json"
+            return read_json(facts) if facts.exists() else self._write(unit)
+
+    def _write(self, unit: Unit) -> dict:
         part = PartWriter(self.job.parts, unit)
         source = self.job.config.sources[unit.source]
         with ExitStack() as files:
@@ -146,7 +164,7 @@ class UnitWriter:
         part.add(*self.append_eod(texts), kept, piece_number)
         dedup = self.job.config.dedup
         if dedup.exact or dedup.near:
-            part.add_signatures(*sign(texts, dedup))
+            part.add_signatures(kept, *sign(texts, dedup))
 
     def _clean(self, part: "PartWriter", piece: int, batch: Documents) -> list[Document]:
         config = self.job.config.sources[part.unit.source].clean
@@ -242,14 +260,16 @@ class PartWriter:
         """Append documents with their tokens (all in one array) and tokens per document (int32)."""
         self._bin.write(tokens.data)
         self.tokens += len(tokens)
-        self._ids.write(b"".join(orjson.dumps(document.id) + b"\n" for document in documents))
         self.put("lengths", lengths)
         self.put("chars", np.array([len(document.text) for document in documents], np.uint32))
         self.put("lines", np.array([document.line for document in documents], np.int64))
         self.put("pieces", np.full(len(documents), piece, np.int32))
 
-    def add_signatures(self, columns: dict[str, np.ndarray], sketch: np.ndarray | None) -> None:
-        """Append what copies of the last documents are found by."""
+    def add_signatures(
+        self, documents: list[Document], columns: dict[str, np.ndarray], sketch: np.ndarray | None
+    ) -> None:
+        """Append what copies of the last documents are found by, and what they are called."""
+        self._ids.write(b"".join(orjson.dumps(document.id) + b"\n" for document in documents))
         for name, column in columns.items():
             self.put(name, column)
         if sketch is not None:

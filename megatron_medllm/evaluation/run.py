@@ -16,7 +16,7 @@ from megatron_medllm.exams.question import Question
 from megatron_medllm.inference.answer_log import NOT_OF_THE_RESULT, TIMING, Answers, answer_requests, write_timing
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.inference.protocol import Request
-from megatron_medllm.inference.shards import Shard
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import atomic_write, write_json, write_jsonl
 
 ANSWER_LOG = "answers.jsonl"

@@ -18,8 +18,9 @@ from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import model_identity, open_engine
 from megatron_medllm.inference.protocol import Completion, Engine, Request
-from megatron_medllm.inference.shards import Shard, request_units, shard_files
+from megatron_medllm.inference.shards import request_units, shard_files
 from megatron_medllm.progress import progress
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import digest_value, full_disk_error, write_json
 
 # What a run took lies apart, so that equal answers make equal results.

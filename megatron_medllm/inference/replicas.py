@@ -15,8 +15,8 @@ import orjson
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.inference.shards import Shard
 from megatron_medllm.progress import FILE_VARIABLE, progress
+from megatron_medllm.shard import Shard
 
 _POLL_S = 0.2
 _SHUTDOWN_S = 30.0

@@ -6,44 +6,11 @@ replicas there are, nor on what an earlier start had finished.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from megatron_medllm.errors import UserError
 from megatron_medllm.inference.protocol import Request
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Part `index` of `count`, counted from 1: every `count`-th unit."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`I/N`.
-
-        Raises:
-            UserError: the text is no such pair, or I is not one of 1 to N.
-        """
-        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--shard {text}: expected I/N with I from 1 to N, such as 2/3")
-        return cls(int(match[1]), int(match[2]))
-
-    @classmethod
-    def of_unit(cls, number: int, count: int) -> "Shard":
-        """Who works off unit `number` (from 0) when there are `count` shards."""
-        return cls(number % count + 1, count)
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-    def file(self, whole: Path) -> Path:
-        """This shard's own file beside the one of the whole: `answers.2-of-3.jsonl` beside `answers.jsonl`."""
-        return whole.with_name(f"{whole.stem}.{self.index}-of-{self.count}{whole.suffix}")
+from megatron_medllm.shard import Shard
 
 
 def shard_files(whole: Path) -> dict[Path, Shard]:

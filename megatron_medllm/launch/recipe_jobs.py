@@ -88,7 +88,7 @@ def recipe_jobs(
     kept = [stage for stage in stages if only is None or stage.name in only]
     waits = waits_of(run, kept)
     jobs = [_job(run, stage, cluster, after=waits[stage.name], force=force) for stage in kept]
-    return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job)]
+    return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job, cluster)]
 
 
 def waits_of(run: RunConfig, stages: list[Stage]) -> dict[str, tuple[str, ...]]:
@@ -158,13 +158,17 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, after: tuple[s
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 
 
-def _in_shards(stage: Stage, job: StageJob) -> list[StageJob]:
-    """The job, or its array of shards and the merge, which loads no model."""
-    if stage.replicas == 1:
+def _in_shards(stage: Stage, job: StageJob, cluster: ClusterConfig) -> list[StageJob]:
+    """The job, or its array of shards and the job that makes the result of theirs."""
+    if stage.command is Command.CORPUS:
+        count, last = cluster.corpus_tasks, replace(job, command=(*job.command, "--finish"))
+    else:  # the merge loads no model
+        merge = (*job.command, "--merge")
+        count, last = stage.replicas, replace(job, command=merge, gpus_per_node=0, duration_s=MERGE_TIME_S)
+    if count == 1:
         return [job]
-    array = replace(job, name=f"{job.name}-shards", array_size=stage.replicas)
-    command = (*job.command, "--merge")
-    return [array, replace(job, command=command, gpus_per_node=0, duration_s=MERGE_TIME_S, after=(array.name,))]
+    array = replace(job, name=f"{job.name}-shards", array_size=count)
+    return [array, replace(last, after=(array.name,))]
 
 
 def _trained_job(

@@ -15,13 +15,13 @@ from megatron_medllm.exams.loading import load_exam
 from megatron_medllm.exams.question import Question
 from megatron_medllm.inference.answer_log import NOT_OF_THE_RESULT, TIMING, write_timing
 from megatron_medllm.inference.exam_requests import ExamPrompter
-from megatron_medllm.inference.shards import Shard
 from megatron_medllm.preference.candidate import Candidate
 from megatron_medllm.preference.contamination import contaminated
 from megatron_medllm.preference.gold import gold_candidate, with_letters
 from megatron_medllm.preference.pairing import NO_EXPLANATION, SURPLUS, Drop, pair_up
 from megatron_medllm.preference.report import pairs_report, write_pairs_page
 from megatron_medllm.preference.sampling import sample, sample_shard
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import atomic_write, digest_file, write_json, write_jsonl
 
 SAMPLE_LOG = "sample_answers.jsonl"

@@ -13,8 +13,8 @@ from megatron_medllm.exams.scoring import score_answer
 from megatron_medllm.inference.answer_log import Answers, answer_requests
 from megatron_medllm.inference.exam_requests import ExamPrompter
 from megatron_medllm.inference.protocol import Completion, Request
-from megatron_medllm.inference.shards import Shard
 from megatron_medllm.preference.candidate import Candidate, Tier
+from megatron_medllm.shard import Shard
 
 
 def sample(

@@ -7,10 +7,10 @@ import yaml
 from megatron_medllm.config.exam import DecodingConfig, EngineConfig, EvalConfig, ExamConfig, MaxNewTokens
 from megatron_medllm.config.run import load
 from megatron_medllm.evaluation.run import run_exam
-from megatron_medllm.inference.shards import Shard
 from megatron_medllm.launch.jobs import RunFiles
 from megatron_medllm.launch.recipe_jobs import submit_recipe
 from megatron_medllm.launch.status import run_status, submitted_jobs
+from megatron_medllm.shard import Shard
 from tests.slurm.local_slurm import LocalSlurm, output, starts
 
 

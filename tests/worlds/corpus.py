@@ -71,6 +71,11 @@ def assert_same_bytes(ours, reference):
         assert ours.with_name(ours.name + suffix).read_bytes() == expected, suffix
 
 
+def contents(output: Path) -> dict[str, bytes]:
+    """The files of a built corpus, by name."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
+
+
 TEXTS = [*SENTENCES, "改行\nのある文書", "末尾"]
 
 

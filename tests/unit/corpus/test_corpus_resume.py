@@ -16,7 +16,7 @@ from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.corpus import index
 from megatron_medllm.corpus.build import build
 from megatron_medllm.errors import UserError
-from tests.worlds.corpus import SENTENCES, write_jsonl
+from tests.worlds.corpus import SENTENCES, contents, write_jsonl
 
 SCRIPT = """
 import sys
@@ -27,10 +27,6 @@ if __name__ == "__main__":
     build(CorpusConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), workers=2)
 """
 KILLS = 20
-
-
-def contents(output):
-    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
 
 
 def count_files(folder) -> int:
@@ -165,12 +161,12 @@ def test_other_settings_and_changed_input_are_refused(tmp_path, config, monkeypa
 def test_parts_of_another_format_are_not_mixed_in(tmp_path, config, monkeypatch):
     output = interrupted(tmp_path, config, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        patch.setattr("megatron_medllm.corpus.plan._PARTS_FORMAT", 99)
         with pytest.raises(UserError, match="parts_format: 3 there, 99 now"):
             build(config, output, workers=1)
     build(config, output, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_medllm.corpus.build._PARTS_FORMAT", 99)
+        patch.setattr("megatron_medllm.corpus.plan._PARTS_FORMAT", 99)
         build(config, output, workers=1)  # of a finished build no parts are left
 
 

@@ -22,9 +22,10 @@ from megatron_medllm.inference.answer_log import answer_requests
 from megatron_medllm.inference.interruption import resumable
 from megatron_medllm.inference.protocol import Request
 from megatron_medllm.inference.replicas import gpus_by_replica, run_replicas
-from megatron_medllm.inference.shards import Shard, request_units, shard_files
+from megatron_medllm.inference.shards import request_units, shard_files
 from megatron_medllm.inference.transformers_engine import TransformersEngine
 from megatron_medllm.preference import pairs
+from megatron_medllm.shard import Shard
 from megatron_medllm.storage import read_json, read_jsonl
 
 RESULTS = ("results.jsonl", "summary.json", "report.md", "report.html")

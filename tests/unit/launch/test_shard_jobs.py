@@ -136,3 +136,18 @@ def test_answers_count_as_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert supervisor.main(["begin", str(tmp_path), "eval"]) == 0
     assert supervisor.main(["begin", str(tmp_path), "eval"]) == supervisor.GIVE_UP_EXIT_CODE
     assert jobs_of(recipe(tmp_path))["eval-base-shards"].answers == "/lustre/runs/exam72/eval/base"
+
+
+def test_a_corpus_is_an_array_and_a_last_job(tmp_path):
+    corpora = """
+corpora:
+  medical: {sources: {a: {paths: /lustre/a.jsonl}}, tokenizer: /lustre/Qwen2.5-72B, eod_id: 151643}
+"""
+    run = recipe(tmp_path, "cluster.corpus_tasks=8", text=RECIPE + corpora)
+    jobs = {job.name: job for job in recipe_jobs(run, recipe_stages(run, CONFIG), run.cluster)}
+    array, last = jobs["corpus-medical-shards"], jobs["corpus-medical"]
+    build = ("-m", "megatron_medllm", "corpus", "build", "--only", "medical", str(CONFIG))
+    assert (array.command, array.array_size, array.after) == (build, 8, ())
+    assert (last.command, last.array_size, last.after) == ((*build, "--finish"), None, ("corpus-medical-shards",))
+    one = recipe(tmp_path, text=RECIPE + corpora)
+    assert recipe_jobs(one, recipe_stages(one, CONFIG), one.cluster)[0].command == build
