@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -214,10 +215,11 @@ def test_a_failing_replica_names_itself_and_ends_the_others(tmp_path: Path, monk
     python.chmod(0o755)
     monkeypatch.setattr(replicas.sys, "executable", str(python))
     started = []
-    monkeypatch.setattr(replicas, "_start", lambda *a, start=replicas._start: started.append(start(*a)) or started[-1])
+    popen = subprocess.Popen
+    monkeypatch.setattr(replicas.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     with pytest.raises(UserError, match=r"shard 2/3 failed \(exit status 7; log: .*2-of-3\.log: error: no luck\)"):
         run_replicas(EngineConfig(device="cpu", replicas=3), ["eval"], tmp_path)
-    assert len(started) == 3 and all(replica.process.poll() is not None for replica in started)
+    assert len(started) == 3 and all(process.poll() is not None for process in started)
 
 
 def test_usr1_asks_for_another_start() -> None:
