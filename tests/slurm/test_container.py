@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from local_slurm import LocalSlurm
 
 from megatron_medllm.launch.jobs import StageJob
 from megatron_medllm.storage import read_json
+from tests.slurm.local_slurm import LocalSlurm
 
 SOURCE = Path(__file__).with_name("stand_in_pyxis.c")
 lacking = [
