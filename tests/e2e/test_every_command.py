@@ -287,7 +287,7 @@ def submitted(made: Made, monkeypatch: pytest.MonkeyPatch) -> Path:
 @drives("status")
 def status(made: Made) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        printed = medllm("status", submitted(made, monkeypatch))
+        printed = medllm("status", submitted(made, monkeypatch), status=3)  # queued
     assert "cpt" in printed and "pending" in printed and "Priority" in printed
 
 

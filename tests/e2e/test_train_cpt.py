@@ -10,7 +10,7 @@ import pytest
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
-from megatron_medllm.train.state import verify
+from megatron_medllm.train.state import verify_checkpoint
 from tests.worlds.ranks import run_ranks
 from tests.worlds.run import cpt_settings, medllm, metrics, run_config, run_medllm, write_recipe
 
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_world, tmp_path, reference, ca
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert verify(newest) == f"{shard.name} does not match its digest"
+    assert verify_checkpoint(newest) == f"{shard.name} does not match its digest"
     assert train(run) == 0
     assert f"passing over {newest}" in caplog.text
     assert relative_difference(metrics(reference), metrics(tmp_path / "cpt")) < 1e-6

@@ -21,7 +21,7 @@ from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.train.loop import train
-from megatron_medllm.train.state import verify
+from megatron_medllm.train.state import verify_checkpoint
 from tests.worlds.run import REPOSITORY, cpt_settings, metrics, run_config, write_recipe
 
 OVERLAPS = {"overlap_grad_reduce": "on", "overlap_param_gather": "on"}
@@ -112,7 +112,7 @@ def test_background_saves_are_the_same_checkpoints(tiny_world, tmp_path, referen
     names = ["step-00000002", "step-00000004", "step-00000006"]
     assert sorted(path.name for path in (tmp_path / "cpt" / "checkpoints").iterdir()) == names
     for name in names:
-        assert verify(tmp_path / "cpt" / "checkpoints" / name) is None
+        assert verify_checkpoint(tmp_path / "cpt" / "checkpoints" / name) is None
     # What was saved in the middle is the state of the middle: going on from there ends in the same weights.
     shutil.rmtree(tmp_path / "cpt" / "checkpoints" / "step-00000006")
     shutil.rmtree(tmp_path / "cpt" / "checkpoints" / "step-00000004")
