@@ -15,7 +15,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slurm fuzz certify-faults coverage lint docs docs-tables release-check clean
+.PHONY: help demo test test-fast test-slurm fuzz certify-faults container-check coverage lint docs docs-tables release-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -62,6 +62,14 @@ test-slurm: $(VENV)/.installed-test ## the batch jobs on a local Slurm (Debian's
 fuzz: $(VENV)/.installed-test ## random files, questions, pairs, adapters and recipes for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(PYTEST) -q tests/fuzz $(PYTEST_ARGS)
 
+# The second time everything is there, as torch is in NVIDIA's image: nothing may be replaced.
+container-check: ## the container's install script in a clean virtual environment, twice (no CUDA, no docker)
+	rm -rf build/container && $(PYTHON) -m venv build/container
+	PYTHON=$(CURDIR)/build/container/bin/python EXTRAS= docker/install.sh
+	build/container/bin/python -m pip freeze --exclude megatron-medllm >build/container/first.txt
+	PYTHON=$(CURDIR)/build/container/bin/python EXTRAS= docker/install.sh
+	build/container/bin/python -m pip freeze --exclude megatron-medllm | diff build/container/first.txt -
+
 # Everything that docs/certify.md says of layouts and faults; results as lines of JSON in build/certify.jsonl.
 certify-faults: $(VENV)/.installed-test ## every layout's certificate, every injected fault (half an hour on two cores)
 	@mkdir -p build
@@ -80,7 +88,7 @@ lint: $(VENV)/.installed-test ## ruff, mypy, the import contract, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tools/*.sh .ci/run; else echo "shellcheck is not installed: skipped"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tools/*.sh docker/*.sh .ci/run; else echo "shellcheck is not installed: skipped"; fi
 
 docs-tables: $(VENV)/.installed ## rerun the commands whose output the documentation shows, and rewrite it
 	$(BIN)/python tools/docs_tables.py

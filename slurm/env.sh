@@ -2,7 +2,7 @@
 # Site settings, in one place. Copy it, fill it in, and name the copy in the config (cluster.env_file), or edit it here.
 # `medllm submit` freezes it into the run directory; the batch scripts source the frozen copy.
 
-# Who pays, and where (sbatch reads these two itself).
+# Who pays, and where (sbatch reads these itself). The recipe's section `cluster` wins where it has such a setting.
 # export SBATCH_ACCOUNT=medllm
 # export SBATCH_PARTITION=gpu
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
 from megatron_medllm.errors import UserError
@@ -104,11 +105,21 @@ def certify(
     raise typer.Exit(0 if found.passed else 1)
 
 
-def status(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:
-    """Show stage, step, rate, time left and restarts of a submitted run."""
-    from megatron_medllm.launch.status import run_status, status_report
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run's directory")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it live until it ends; Ctrl-C leaves it alone")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show every stage of a run. Exit status 0: finished; 3: running or queued; 1: failed or stopped."""
+    from megatron_medllm.launch.live import find_status
+    from megatron_medllm.launch.live import watch as watch_run
 
-    print_text(status_report(run_status(run_dir)))
+    found = watch_run(run_dir, Console(stderr=as_json)) if watch else find_status(run_dir)
+    if as_json:
+        console.print_json(data=found.to_json())
+    elif not watch:
+        print_text(found.report())
+    raise typer.Exit(found.exit_status)
 
 
 def cancel(run_dir: Annotated[Path, typer.Argument(help="a submitted run's directory")]) -> None:

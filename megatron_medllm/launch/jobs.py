@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron_medllm.storage import read_json, write_json
 
+# The job behind all others that calls `cluster.on_end`.
+ON_END = "on-end"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
@@ -17,6 +20,8 @@ class StageJob:
     `checkpoints` is the directory whose `step-*` entries count as progress, `answers` the one whose logged answers do,
     and `metrics` the file whose last line is shown by `medllm status`; all relative to the run. `array_size` n makes n
     independent tasks of it, each with its `--shard I/n` behind the command.
+    `exam` is an exam's summary.json, which tells of the requirements that it did not meet. `after_any` starts the job
+    when those before it have ended, well or not. `is_last`: no job of the chain waits for it.
     """
 
     name: str
@@ -33,6 +38,9 @@ class StageJob:
     total_steps: int | None = None
     after: tuple[str, ...] = ()
     array_size: int | None = None
+    exam: str | None = None
+    after_any: bool = False
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,10 @@ class RunFiles:
     def specification(self, stage: str) -> Path:
         """What the nodes need to know about the job."""
         return self.launch / f"{stage}.json"
+
+    def progress(self, task: str) -> Path:
+        """How far a job's command is, where it tells; `task` is the stage, or STAGE.N of an array."""
+        return self.launch / f"{task}.progress"
 
     def history(self, stage: str) -> Path:
         """One line per start and end of the job, restarts included."""

@@ -21,6 +21,7 @@ from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CO
 from megatron_medllm.errors import USER_ERROR_EXIT_CODE
 from megatron_medllm.launch.jobs import RunFiles, read_specification
 from megatron_medllm.processes import ProcessId, host_name
+from megatron_medllm.progress import FILE_VARIABLE
 from megatron_medllm.storage import read_json, write_json
 
 # Ranks that are still saving when another one has already left get this long before they are killed.
@@ -32,6 +33,7 @@ CHECK_IN_POLL_S = 0.5
 # A stalled rank gets this long to write its stack.
 STACK_WAIT_S = 10.0
 PORT_BASE, PORT_RANGE = 20_000, 10_000
+EXIT_STATUS_FILE = "exit-status.json"
 
 
 def main(run: Path, stage: str) -> int:
@@ -45,10 +47,17 @@ def main(run: Path, stage: str) -> int:
     if unfit:
         print("\n".join(f"{node}: {problem}" for node, problem in sorted(unfit.items())), file=sys.stderr)
         return UNFIT_NODE_EXIT_CODE
+    status = run_stage(files, stage, spec)
+    write_json(log_directory(files, stage) / EXIT_STATUS_FILE, status)  # srun tells of one node's only
+    return status
+
+
+def run_stage(files: RunFiles, stage: str, spec: dict[str, Any]) -> int:
+    """Run this node's part of the stage's command, behind the checks of a distributed job; its exit status."""
     logs = log_directory(files, stage)
     command = [*spec["command"], *shard_arguments(spec)]
     if not spec["processes_per_node"]:
-        return run_once(command, logs)
+        return run_once(command, logs, progress=files.progress(task_name(stage)))
     checks = ["-m", "megatron_medllm.launch.health", str(files.run), str(spec["max_clock_skew_s"])]
     status = run_node_ranks(checks, spec, logs / "health", port_offset=0)
     if status:
@@ -137,9 +146,13 @@ def count_gpus() -> int:
 def log_directory(files: RunFiles, stage: str) -> Path:
     """Per-rank logs of this start on this node; the supervisor looks for errors under its parent."""
     job, restart = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        stage += f".{task}"
-    return files.launch / "logs" / stage / f"job{job}-restart{restart}" / f"node{node_rank()}"
+    return files.launch / "logs" / task_name(stage) / f"job{job}-restart{restart}" / f"node{node_rank()}"
+
+
+def task_name(stage: str) -> str:
+    """What this job's files are called: the stage, with the number of an array's task."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{stage}.{task}" if task else stage
 
 
 def node_rank() -> int:
@@ -147,11 +160,13 @@ def node_rank() -> int:
     return int(os.environ.get("SLURM_NODEID", "0"))
 
 
-def run_once(command: list[str], logs: Path) -> int:
-    """Run the command as one process, its output shown and its errors kept too."""
+def run_once(command: list[str], logs: Path, *, progress: Path) -> int:
+    """Run the command as one process, its output shown and its errors kept too; it says in `progress` how far it is."""
     logs.mkdir(parents=True, exist_ok=True)
+    progress.unlink(missing_ok=True)  # an earlier start's
+    environment = os.environ | {FILE_VARIABLE: str(progress)}
     with open(logs / "stderr.log", "wb") as errors:
-        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, env=environment)
         assert process.stderr is not None
         for line in process.stderr:
             errors.write(line)

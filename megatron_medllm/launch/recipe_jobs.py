@@ -86,9 +86,30 @@ def recipe_jobs(
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; this recipe has {', '.join(names)}")
     kept = [stage for stage in stages if only is None or stage.name in only]
-    present = {stage.name for stage in kept}
-    jobs = [_job(run, stage, cluster, present=present, force=force) for stage in kept]
+    waits = waits_of(run, kept)
+    jobs = [_job(run, stage, cluster, after=waits[stage.name], force=force) for stage in kept]
     return [part for stage, job in zip(kept, jobs, strict=True) for part in _in_shards(stage, job, cluster)]
+
+
+def waits_of(run: RunConfig, stages: list[Stage]) -> dict[str, tuple[str, ...]]:
+    """The stages that each stage waits for: those it reads from and, where exams have requirements, their exams.
+
+    What is made of a model whose exam has failed is not worth its GPUs: `medllm pipeline` stops there too.
+    """
+    present = {stage.name for stage in stages}
+    has_gates = run.eval is not None and bool(run.eval.require)
+    exams: list[tuple[str, set[str]]] = []  # name, and the stages that make its model
+    behind: dict[str, set[str]] = {}  # all stages before a stage
+    found = {}
+    for stage in stages:
+        after = [name for name in stage.after if name in present]
+        behind[stage.name] = set(after).union(*(behind[name] for name in after))
+        if has_gates and stage.command is not Command.EVAL:
+            after += [name for name, makers in exams if makers <= behind[stage.name] and name not in after]
+        if stage.command is Command.EVAL:
+            exams.append((stage.name, behind[stage.name]))
+        found[stage.name] = tuple(after)
+    return found
 
 
 def bench_job(
@@ -118,7 +139,7 @@ def bench_job(
     )
 
 
-def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[str], force: bool) -> StageJob:
+def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, after: tuple[str, ...], force: bool) -> StageJob:
     distributed = stage.command in DISTRIBUTED
     nodes = run.layout.nodes if distributed else 1
     processes = run.layout.world_size // nodes if distributed else 0
@@ -131,7 +152,8 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, present: set[s
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
         answers=None if stage.engine is None else str(stage.outputs[0].resolve()),
-        after=tuple(name for name in stage.after if name in present),
+        after=after,
+        exam=str(stage.outputs[0].resolve() / "summary.json") if stage.command is Command.EVAL else None,
     )
     return job if stage.trains is None else _trained_job(run, stage.outputs[0], cluster, job, stage.trains, force=force)
 

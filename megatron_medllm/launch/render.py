@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_medllm.config.cluster import ClusterConfig, format_slurm_time, parse_slurm_time
+from megatron_medllm.config.cluster import SBATCH_SETTINGS, ClusterConfig, format_slurm_time, parse_slurm_time
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
 from megatron_medllm.shipped import shipped
@@ -56,11 +56,34 @@ def sbatch_options(job: StageJob, *, files: RunFiles, cluster: ClusterConfig, de
         options.append(f"--cpus-per-task={cluster.cpus_per_process * max(1, job.processes_per_node)}")
     if cluster.exclude:
         options.append(f"--exclude={','.join(cluster.exclude)}")
+    options += site_options(cluster)
+    if cluster.mail_user:
+        options.append("--mail-type=END,FAIL" if job.is_last else "--mail-type=FAIL")
     if job.array_size:
         options.append(f"--array=0-{job.array_size - 1}")
     if dependency_ids:
-        options += [f"--dependency=afterok:{':'.join(dependency_ids)}", "--kill-on-invalid-dep=yes"]
+        when = "afterany" if job.after_any else "afterok"
+        options += [f"--dependency={when}:{':'.join(dependency_ids)}", "--kill-on-invalid-dep=yes"]
     return [*options, *cluster.extra_options]
+
+
+def site_options(cluster: ClusterConfig) -> list[str]:
+    """Who pays and where it runs, as the recipe has it; what it leaves open is the site's (env.sh)."""
+    values = {option: getattr(cluster, name) for name, (option, _) in SBATCH_SETTINGS.items()}
+    given = {option: value for option, value in values.items() if value}
+    return [f"--{option}" if value is True else f"--{option}={quoted(value)}" for option, value in given.items()]
+
+
+def container_options(cluster: ClusterConfig) -> list[str]:
+    """What srun gets for pyxis; none where the recipe names no container."""
+    if cluster.container_image is None:
+        return []
+    options = [f"--container-image={cluster.container_image}"]
+    if cluster.container_mounts:
+        options.append(f"--container-mounts={','.join(cluster.container_mounts)}")
+    if cluster.container_workdir is not None:
+        options.append(f"--container-workdir={cluster.container_workdir}")
+    return options
 
 
 def quoted(value: str) -> str:

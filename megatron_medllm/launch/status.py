@@ -2,7 +2,8 @@
 
 import shutil
 import subprocess
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ OVER = frozenset(
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of a submitted run. `state` is Slurm's while the job is known to it, else how it ended."""
+    """One stage of a run. `state` is Slurm's while the job is known to it, else how it ended.
+
+    `step` of `total_steps` counts a training's steps, and what another stage counts (questions, pairs, MB) elsewhere;
+    `note` is that stage's own short word. `slowest_rank` had `slowest_ratio` x the median rank's own time in the last
+    logged step.
+    """
 
     stage: str
     job_id: str
@@ -44,6 +50,20 @@ class StageStatus:
     eta_s: float | None
     restarts: int
     reason: str
+    loss: float | None = None
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
+    note: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs or will. Words of our own, for how a stage has ended, are in small letters."""
+        return self.state.isupper() and is_active(self.state)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ended well."""
+        return self.state in ("finished", "COMPLETED")
 
 
 def submitted_jobs(files: RunFiles) -> dict[str, str]:
@@ -127,20 +147,51 @@ def stage_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     state, reason = queued or ("", "")
     if not is_active(state):
         ours = ended.get("job_id") == job_id
-        state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "GONE", reason)
+        state, reason = (ended.get("outcome", state), ended.get("reason", "")) if ours else (state or "gone", reason)
     elif ended.get("job_id") == job_id and ended.get("outcome") == "requeued":
         reason = f"last ended: {ended['reason']}"
     elif reason == "None":  # Slurm's word for a job that waits for nothing
         reason = ""
-    metrics = last_metrics(files.run / spec["metrics"]) if spec["metrics"] else {}
-    step, total, step_time = metrics.get("step"), total_steps(files, spec), metrics.get("step_time_s")
-    eta = (total - step) * step_time if total and step is not None and step_time else None
-    rate = metrics.get("tokens_per_s")
-    return StageStatus(stage, job_id, state, step, total, rate, eta, max(0, len(starts) - 1), reason)
+    row = StageStatus(stage, job_id, state, None, None, None, None, max(0, len(starts) - 1), reason)
+    if spec["metrics"]:
+        return with_metrics(row, last_metrics(files.run / spec["metrics"]), total_steps(files, spec))
+    return with_progress(row, [files.progress(stage)]) if row.is_alive else row
+
+
+def with_metrics(row: StageStatus, metrics: dict[str, Any], total: int | None) -> StageStatus:
+    """The stage with a training's numbers, as the last logged step has them."""
+    step, step_time = metrics.get("step"), metrics.get("step_time_s")
+    slowest, median = metrics.get("slowest_rank"), metrics.get("own_time_median_s")
+    return replace(
+        row,
+        step=step,
+        total_steps=total,
+        tokens_per_s=metrics.get("tokens_per_s"),
+        eta_s=(total - step) * step_time if total and step is not None and step_time else None,
+        loss=metrics.get("loss"),
+        slowest_rank=None if slowest is None else int(slowest),
+        slowest_ratio=metrics["own_time_max_s"] / median if median else None,
+    )
+
+
+def with_progress(row: StageStatus, paths: list[Path]) -> StageStatus:
+    """The stage with what its command, or the tasks of its array, say of their progress; as it is where none does."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # not there yet, or gone this moment
+            found.append(orjson.loads(path.read_bytes()))
+    if not found:
+        return row
+    totals = [progress["total"] for progress in found]
+    total = None if None in totals or len(found) < len(paths) else round(sum(totals))
+    return replace(row, step=int(sum(p["done"] for p in found)), total_steps=total, note=found[0]["note"])
 
 
 def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, str] | None, *, size: int) -> StageStatus:
-    """An array as one stage. Its steps are its tasks; a task that did not end well is named."""
+    """An array as one stage; a task that did not end well is named.
+
+    Its steps are what its tasks count together (answers) while they run, where they tell, else the finished tasks.
+    """
     tasks = [files.task(stage, index) for index in range(size)]
     ends = [read_json(files.ended(task)) if files.ended(task).is_file() else {} for task in tasks]
     ends = [end if end.get("array_id") == job_id else {} for end in ends]  # not of an earlier submission
@@ -155,13 +206,14 @@ def array_status(files: RunFiles, stage: str, job_id: str, queued: tuple[str, st
     state, reason = queued or ("", "")
     bad = next((n for n, end in enumerate(ends) if end and end["outcome"] not in ("finished", "requeued")), None)
     if not is_active(state):
-        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state or "GONE"
+        state = "finished" if finished == size else ends[bad]["outcome"] if bad is not None else state or "gone"
     if bad is not None:
         reason = f"shard {bad + 1}/{size}: {ends[bad]['reason']}"
     elif reason == "None" or state == "finished":
         reason = ""
     restarts = sum(row["restart"] > 0 for row in starts)
-    return StageStatus(stage, job_id, state, finished, size, None, None, restarts, reason)
+    row = StageStatus(stage, job_id, state, finished, size, None, None, restarts, reason)
+    return with_progress(row, [files.progress(task) for task in tasks]) if row.is_alive else row
 
 
 def total_steps(files: RunFiles, spec: dict[str, Any]) -> int | None:
@@ -190,14 +242,29 @@ def last_save_time_s(path: Path) -> float | None:
     return last_metrics(path, having="save_s").get("save_s")
 
 
+STATUS_COLUMNS = ("stage", "job", "state", "step", "loss", "tokens/s", "ETA", "slowest", "restarts", "why")
+
+
+def status_cells(s: StageStatus) -> tuple[str, ...]:
+    """A stage's row of the table; `slowest` is the rank, and its own time over the median rank's."""
+    slowest = "-" if s.slowest_rank is None else f"rank {s.slowest_rank}"
+    return (
+        s.stage,
+        s.job_id,
+        s.state.lower() or "-",
+        "-" if s.step is None else f"{s.step}/{s.total_steps}" if s.total_steps else str(s.step),
+        "-" if s.loss is None else f"{s.loss:.4g}",
+        "-" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}",
+        "-" if s.eta_s is None or not s.is_alive else _clock(s.eta_s),
+        slowest if s.slowest_ratio is None else f"{slowest} ({s.slowest_ratio:.2f}x)",
+        str(s.restarts),
+        s.reason or s.note,
+    )
+
+
 def status_report(stages: list[StageStatus]) -> str:
     """The status as a plain table."""
-    rows = [("stage", "job", "state", "step", "tokens/s", "ETA", "restarts", "why")]
-    for s in stages:
-        step = "-" if s.step is None else f"{s.step}/{s.total_steps}" if s.total_steps else str(s.step)
-        rate = "-" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}"
-        eta = "-" if s.eta_s is None or not is_active(s.state) else _clock(s.eta_s)
-        rows.append((s.stage, s.job_id, s.state.lower() or "-", step, rate, eta, str(s.restarts), s.reason))
+    rows = [STATUS_COLUMNS, *map(status_cells, stages)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

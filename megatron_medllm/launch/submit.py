@@ -2,13 +2,18 @@
 
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE, ClusterConfig
+from megatron_medllm.config.cluster import (
+    REQUEUE_EXIT_CODE,
+    SBATCH_SETTINGS,
+    UNFIT_NODE_EXIT_CODE,
+    ClusterConfig,
+)
 from megatron_medllm.errors import UserError
-from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
-from megatron_medllm.launch.render import SCRIPTS, check_run_dir, render_script, sbatch_options
+from megatron_medllm.launch.jobs import ON_END, RunFiles, StageJob, write_specification
+from megatron_medllm.launch.render import SCRIPTS, check_run_dir, container_options, render_script, sbatch_options
 from megatron_medllm.launch.status import refuse_queued
 from megatron_medllm.provenance import PACKAGE, git_state
 from megatron_medllm.recipe.owner import owning
@@ -17,10 +22,14 @@ from megatron_medllm.storage import atomic_write, write_json
 
 @dataclass(frozen=True)
 class Submission:
-    """What was (or, in a dry run, would be) handed to Slurm: scripts and job ids by stage, in order."""
+    """What was (or, in a dry run, would be) handed to Slurm: scripts and job ids by stage, in order.
+
+    `container` are the options that every srun gets for the recipe's container.
+    """
 
     scripts: dict[str, str]
     job_ids: dict[str, str]
+    container: tuple[str, ...] = ()
 
 
 def submit(
@@ -38,11 +47,13 @@ def submit(
             (those already queued are cancelled), or the site settings are missing.
     """
     files = RunFiles(run.resolve())
+    jobs = whole_chain(jobs, cluster)
     check_chain(jobs)
     check_run_dir(files.run)
     if dry_run:
         placeholders = {job.name: f"<{job.name}>" for job in jobs}
-        return Submission({job.name: render_job(job, files, cluster, placeholders) for job in jobs}, {})
+        scripts = {job.name: render_job(job, files, cluster, placeholders) for job in jobs}
+        return Submission(scripts, {}, tuple(container_options(cluster)))
     with owning(files.run, "medllm submit"):
         return _queue_chain(files, jobs, cluster, config_text)
 
@@ -57,13 +68,24 @@ def _queue_chain(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, 
             scripts[job.name] = render_job(job, files, cluster, job_ids)
             with atomic_write(files.script(job.name)) as stream:
                 stream.write(scripts[job.name].encode())
-            job_ids[job.name] = queue(files, job.name)
+            job_ids[job.name] = queue(files, job.name, cluster)
     except BaseException:
         if job_ids:
             subprocess.run(["scancel", *job_ids.values()], check=False)
         raise
     write_json(files.submission, {"jobs": job_ids})
     return Submission(scripts, job_ids)
+
+
+def whole_chain(jobs: list[StageJob], cluster: ClusterConfig) -> list[StageJob]:
+    """The jobs, the last ones marked, and behind them the one that tells of the end (`cluster.on_end`)."""
+    waited_for = {name for job in jobs for name in job.after}
+    jobs = [replace(job, is_last=job.name not in waited_for) for job in jobs]
+    if cluster.on_end is None:
+        return jobs
+    names = tuple(job.name for job in jobs)
+    told = StageJob(name=ON_END, script="end", command=(cluster.on_end,), after=names, after_any=True, duration_s=300)
+    return [*jobs, told]
 
 
 def check_chain(jobs: list[StageJob]) -> None:
@@ -103,12 +125,17 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
             "unfit_node_exit_code": UNFIT_NODE_EXIT_CODE,
         }
         write_specification(files, job, settings)
+        tasks = [files.task(job.name, index) for index in range(job.array_size)] if job.array_size else [job.name]
+        for task in tasks:  # of an earlier submission; the history keeps how it ended
+            files.ended(task).unlink(missing_ok=True)
+            files.progress(task).unlink(missing_ok=True)
     files.cancelled.unlink(missing_ok=True)
     shutil.rmtree(files.unfit_nodes, ignore_errors=True)
     frozen = {
         files.config: config_text.encode(),
         files.launch / "env.sh": env_file.read_bytes(),
         files.launch / "stage.sh": (SCRIPTS / "stage.sh").read_bytes(),
+        files.launch / "container-options": "".join(f"{line}\n" for line in container_options(cluster)).encode(),
     }
     for path, content in frozen.items():
         with atomic_write(path) as stream:
@@ -116,10 +143,14 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
     write_json(files.launch / "source.json", git_state())
 
 
-def queue(files: RunFiles, stage: str) -> str:
-    """Hand a rendered script to sbatch, with the site settings in its environment; returns the job id."""
-    command = 'source "$1"; exec sbatch --parsable "$3" "$2" "$4"'
-    arguments = [str(files.launch / "env.sh"), str(files.run), str(files.script(stage)), stage]
+def queue(files: RunFiles, stage: str, cluster: ClusterConfig) -> str:
+    """Hand a rendered script to sbatch, with the site settings in its environment; returns the job id.
+
+    To sbatch a variable of its environment counts more than the script: those of which the recipe has a setting go.
+    """
+    command = 'source "$1"; unset -v "${@:5}"; exec sbatch --parsable "$3" "$2" "$4"'
+    settled = [variable for name, (_, variable) in SBATCH_SETTINGS.items() if variable and getattr(cluster, name)]
+    arguments = [str(files.launch / "env.sh"), str(files.run), str(files.script(stage)), stage, *settled]
     try:
         done = subprocess.run(
             ["bash", "-c", command, "submit", *arguments], capture_output=True, text=True, check=False
@@ -135,4 +166,5 @@ def submission_report(found: Submission) -> str:
     """The job ids, or the scripts of a dry run, as text."""
     if found.job_ids:
         return "\n".join(f"{stage:<12}job {job_id}" for stage, job_id in found.job_ids.items())
-    return "\n".join(f"# ---- {stage}.sbatch ----\n{text}" for stage, text in found.scripts.items())
+    container = [f"# srun also gets: {' '.join(found.container)}"] if found.container else []
+    return "\n".join([*container, *(f"# ---- {stage}.sbatch ----\n{text}" for stage, text in found.scripts.items())])

@@ -22,6 +22,7 @@ from typing import Any, Dict  # noqa: UP035 # for Python 3.8
 Row = Dict[str, Any]  # noqa: UP006 # evaluated by Python 3.8
 
 GIVE_UP_EXIT_CODE = 3
+UNMET_EXIT_CODE = 1  # what medllm eval exits with when a requirement is not met, and Python for any error
 USER_ERROR_EXIT_CODE = 2  # what medllm exits with when the input is wrong: running again would not help
 LAST_LINES = 15
 
@@ -59,6 +60,7 @@ def begin(run: pathlib.Path, stage: str, spec: Row) -> int:
 def end(run: pathlib.Path, stage: str, spec: Row, exit_code: int) -> int:
     """Write why the job ended; requeue it where another start can help. Returns the job's exit status."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script; let it finish its sentence
+    exit_code = verdict_of_nodes(exit_code, node_statuses(run, stage), spec["requeue_exit_code"])
     report = dict({"exit_code": exit_code, "step": newest_step(run, spec)}, **verdicts(run, spec))
     if exit_code == 0:
         write_ended(run, stage, dict(report, outcome="finished", reason="finished"))
@@ -75,11 +77,44 @@ def end(run: pathlib.Path, stage: str, spec: Row, exit_code: int) -> int:
     reason = f"the command failed with exit code {exit_code}"
     if "stall" in report:
         reason = "stalled: " + report["stall"]["reason"]
+    if exit_code == UNMET_EXIT_CODE and spec.get("exam"):
+        reason = unmet_requirements(run / spec["exam"], since=last_start(run, stage)) or reason
     report.update(reason=reason, last_lines=last_error_lines(run, stage))
     if spec["checkpoints"] and exit_code != USER_ERROR_EXIT_CODE:
         return requeue(run, stage, report, exclude=[])  # a crash may be the machine's; `begin` counts them
     write_ended(run, stage, dict(report, outcome="failed"))
     return exit_code
+
+
+def node_statuses(run: pathlib.Path, stage: str) -> list[int]:
+    """What the nodes of this start ended with, as far as they came to write it down (launch/node.py)."""
+    return [json.loads(path.read_text()) for path in log_directory(run, stage).glob("node*/exit-status.json")]
+
+
+def verdict_of_nodes(exit_code: int, statuses: list[int], requeue_exit_code: int) -> int:
+    """The exit status that counts: srun passes on the highest, and 137 of a killed node would hide another's 2.
+
+    A wrong input wins, since no other start mends it; then any real failure, over a request to run again.
+    """
+    if USER_ERROR_EXIT_CODE in statuses:
+        return USER_ERROR_EXIT_CODE
+    interrupted = (0, requeue_exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+    real = [status for status in statuses if status not in interrupted]
+    return max(real) if real and exit_code == requeue_exit_code else exit_code
+
+
+def unmet_requirements(summary: pathlib.Path, since: float) -> str:
+    """The requirements that an exam did not meet, with what it reached; empty where none was judged after `since`."""
+    if not summary.exists() or summary.stat().st_mtime < since:
+        return ""
+    unmet = [row for row in json.loads(summary.read_text())["requirements"] if not row["met"]]
+    return "; ".join(f"requirement not met: {row['expression']} (found {row['value']:.4g})" for row in unmet)
+
+
+def last_start(run: pathlib.Path, stage: str) -> float:
+    """When this start began, in seconds since the epoch; a shared file system may round down to whole ones."""
+    starts = [row for row in read_history(run, stage) if row["event"] == "start"]
+    return time.mktime(time.strptime(starts[-1]["time"][:19], "%Y-%m-%dT%H:%M:%S")) - 1 if starts else 0.0
 
 
 def requeue(run: pathlib.Path, stage: str, report: Row, exclude: list[str]) -> int:

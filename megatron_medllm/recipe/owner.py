@@ -59,6 +59,25 @@ def owning(run_dir: Path, command: str) -> Iterator[Owner]:
         owner.path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who owns a run directory, as its file has it: the process, its command, and the stage that it runs."""
+
+    process: ProcessId
+    command: str
+    stage: str | None
+
+    @classmethod
+    def of(cls, run_dir: Path) -> "Holder | None":
+        """The owner, dead or alive; None where nobody left the file."""
+        path = run_dir / "owner.json"
+        if not path.is_file():
+            return None
+        row = read_json(path)
+        stage = row["stage"]["name"] if row["stage"] else None
+        return cls(ProcessId(row["host"], row["pid"], row["started"]), row["command"], stage)
+
+
 def _free(path: Path) -> tuple[str, ProcessId] | None:
     """Refuse unless nobody owns the directory; the stage that a dead owner has left running, if any.
 

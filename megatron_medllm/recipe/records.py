@@ -67,6 +67,18 @@ def stage_key(parts: Parts) -> str:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """A stage's `status`, `begun` or `done` (None: never begun), and its command's exit status (None: not ended).
+
+    `since`, in seconds since the epoch, is at or before the command's start.
+    """
+
+    status: str | None
+    exit_status: int | None
+    since: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One stage's file in RUN/stages."""
 
@@ -74,6 +86,12 @@ class Record:
 
     def _read(self) -> dict[str, Any]:
         return read_json(self.path) if self.path.is_file() else {}
+
+    def ending(self) -> Ending:
+        """How the stage stands."""
+        found = self._read()
+        finished_at, seconds = found.get("finished_at", 0.0), found.get("seconds", 0.0)
+        return Ending(found.get("status"), found.get("exit_status"), finished_at - seconds)
 
     def is_done(self, key: str, outputs: tuple[Path, ...]) -> bool:
         """Whether the stage finished under this key and its outputs are there."""
@@ -92,9 +110,10 @@ class Record:
         found = [_phrase(name, before.get(name), parts.get(name)) for name in dict.fromkeys([*before, *parts])]
         return [phrase for phrase in found if phrase is not None]
 
-    def write(self, parts: Parts, status: str, seconds: float) -> None:
-        """Remember."""
+    def write(self, parts: Parts, status: str, seconds: float, *, exit_status: int | None = None) -> None:
+        """Remember. `exit_status` is the command's; None while it runs."""
         row = {"key": stage_key(parts), "status": status, "seconds": seconds, "finished_at": time.time()}
+        row["exit_status"] = exit_status
         write_json(self.path, {**row, "parts": parts})
 
     def seconds(self) -> float:

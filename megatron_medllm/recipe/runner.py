@@ -124,7 +124,8 @@ def _run_stage(
     missing = [path for path in stage.outputs if not path.exists()]
     if status == 0 and missing:
         raise UserError(f"stage {stage.name} ended well, but did not make {missing[0]}; log: {log_path}")
-    record.write(parts, "begun" if status else "done", spent + time.monotonic() - started)
+    seconds = spent + time.monotonic() - started
+    record.write(parts, "begun" if status else "done", seconds, exit_status=status)
     return status if not stop.number else stop.status()
 
 

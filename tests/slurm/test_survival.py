@@ -86,9 +86,12 @@ def test_a_crashed_node_is_left_behind(slurm: LocalSlurm, tmp_path: Path) -> Non
 def test_restarts_without_progress_end_and_cancel_what_waits(slurm: LocalSlurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     jobs = [training(run, 50, "crash-at", 5, nodes=1, processes_per_node=1), follow_up("export", "-c", "pass")]
-    ids = slurm.submit(run, jobs, max_restarts_without_progress=1)
+    told = tmp_path / "told"
+    ids = slurm.submit(run, jobs, max_restarts_without_progress=1, on_end=f'printf "%s|" "$@" >{told}')
     slurm.wait_for_state(ids["cpt"], "FAILED")
     slurm.wait_for_state(ids["export"], "CANCELLED")
+    slurm.wait_for_state(ids["on-end"], "COMPLETED")
+    assert told.read_text().startswith(f"{run}|failed|cpt|gave up: 2 starts in a row")
     report = ended(run, "cpt")
     assert report["outcome"] == "gave-up" and "2 starts in a row without a new checkpoint" in report["reason"]
     crash = [row for row in read_jsonl(RunFiles(run).history("cpt")) if row.get("last_lines")][-1]

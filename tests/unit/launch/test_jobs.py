@@ -23,6 +23,7 @@ from megatron_medllm.launch.node import exit_status, node_problem, rendezvous_po
 from megatron_medllm.launch.recipe_jobs import bench_job, recipe_jobs, submit_bench, submit_recipe
 from megatron_medllm.launch.render import SCRIPTS, render_script, signal_lead_s, time_limit_s
 from megatron_medllm.launch.status import (
+    STATUS_COLUMNS,
     cancel,
     is_active,
     last_metrics,
@@ -34,7 +35,7 @@ from megatron_medllm.launch.status import (
 from megatron_medllm.launch.submit import check_chain, freeze, submission_report, submit
 from megatron_medllm.processes import ProcessId
 from megatron_medllm.recipe.stages import recipe_stages
-from megatron_medllm.storage import write_json
+from megatron_medllm.storage import read_json, write_json
 from megatron_medllm.train.signals import allotted_s
 from tests.worlds.model_dir import write_config
 
@@ -212,7 +213,7 @@ def test_every_script_renders_and_keeps_its_commands() -> None:
         text = render_script(path.stem, ["--nodes=3"])
         commands = [line for line in path.read_text().splitlines() if not line.startswith("#SBATCH")]
         assert [line for line in text.splitlines() if line != "#SBATCH --nodes=3"] == commands
-        assert text.startswith("#!") and text.index("--nodes=3") < text.index("stage.sh")
+        assert text.startswith("#!") and text.index("--nodes=3") < text.index('"$1/launch/')
     with pytest.raises(UserError, match="no such batch script"):
         render_script("nowhere", [])
 
@@ -334,6 +335,24 @@ def test_a_node_must_have_the_gpus_that_the_job_asked_for(
     assert node_problem(tmp_path, {**spec, "check_gpus": False}) is None
 
 
+def test_a_node_leaves_its_exit_status_and_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = RunFiles(tmp_path)
+    command = "import os, sys; open(os.environ['MEDLLM_PROGRESS_FILE'], 'x').close(); sys.exit(2)"
+    job = StageJob(name="pairs", script="eval", command=("-c", command))
+    write_specification(files, job, {"check_gpus": False, "min_free_disk_gib": 0})
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NODEID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    files.progress("pairs.3").write_text("an earlier start's")
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        assert node.main(tmp_path, "pairs") == 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert files.progress("pairs.3").read_text() == ""
+    assert read_json(files.launch / "logs" / "pairs.3" / "job7-restart0" / "node1" / "exit-status.json") == 2
+
+
 def test_all_nodes_learn_of_an_unfit_one_and_fit_ones_wait_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +391,7 @@ def test_metrics_are_read_from_their_end(tmp_path: Path) -> None:
 def test_status_of_a_run_that_was_never_submitted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not submitted"):
         run_status(tmp_path)
-    assert status_report([]).split() == ["stage", "job", "state", "step", "tokens/s", "ETA", "restarts", "why"]
+    assert status_report([]).split() == list(STATUS_COLUMNS)
     assert RunFiles(tmp_path).script("cpt") == tmp_path / "launch" / "cpt.sbatch"
 
 
@@ -387,7 +406,9 @@ def test_the_status_of_a_running_training_counts_its_own_steps(tmp_path: Path) -
     write_json(tmp_path / "rpo" / "progress.json", {"total_steps": 75})  # what the pairs came to
     counted = stage_status(files, "rpo", "7", ("RUNNING", "None"))
     assert (counted.total_steps, counted.eta_s) == (75, 90.0)
-    assert status_report([counted]).splitlines()[1].split() == ["rpo", "7", "running", "30/75", "10", "0:01:30", "0"]
+    assert status_report([counted]).splitlines()[1].split() == [
+        *("rpo", "7", "running", "30/75", "-", "10", "0:01:30", "-", "0")
+    ]
 
 
 def test_a_submission_freezes_the_body_of_its_scripts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a job's end is put down to, without a Slurm (tests/slurm has one)."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,3 +58,53 @@ def test_a_slow_rank_is_reported_of_a_training_that_ended_well(run: Path) -> Non
     assert supervisor.main(["end", str(run), "cpt", "0"]) == 0
     ended = read_json(RunFiles(run).ended("cpt"))
     assert (ended["outcome"], ended["slow"]) == ("finished", slow)
+
+
+def end(run: Path, exit_code: int, *nodes: int) -> dict:
+    """How the job is said to have ended, of what srun passes on and what its nodes ended with."""
+    for number, status in enumerate(nodes):
+        write_json(run / "launch" / "logs" / "cpt" / "job7-restart1" / f"node{number}" / "exit-status.json", status)
+    supervisor.main(["end", str(run), "cpt", str(exit_code)])
+    return read_json(RunFiles(run).ended("cpt"))
+
+
+@pytest.mark.parametrize("killed", [137, 143, 85])
+def test_one_nodes_wrong_input_is_not_hidden_by_another_that_was_killed(run: Path, killed: int) -> None:
+    ended = end(run, killed, 2, killed)
+    assert (ended["outcome"], ended["exit_code"]) == ("failed", 2)  # and not requeued
+
+
+def test_one_nodes_crash_is_not_taken_for_a_request_to_run_again(run: Path) -> None:
+    assert end(run, 85, 1, 85)["reason"].startswith("the command failed with exit code 1")
+
+
+def test_nodes_that_were_interrupted_beside_one_that_saved_ask_to_run_again(run: Path) -> None:
+    assert end(run, 85, 85, 143, 138)["reason"].startswith("saved and stopped")
+    assert end(run, 137, 143)["reason"].startswith("the command failed with exit code 137")
+
+
+@pytest.mark.parametrize(("requirements", "reason"), [
+    ([("accuracy >= 0.85", 0.5, False), ("gap >= -0.02", 0.0, True)],
+     "requirement not met: accuracy >= 0.85 (found 0.5)"),
+    ([("gap >= -0.02", 0.0, True)], "the command failed with exit code 1"),
+])  # fmt: skip
+def test_a_requirement_that_is_not_met_is_the_reason(run: Path, requirements: list[tuple], reason: str) -> None:
+    job = StageJob(name="eval-cpt", script="eval", command=("-c", ""), exam=str(run / "eval" / "summary.json"))
+    write_specification(RunFiles(run), job, SETTINGS)
+    assert supervisor.main(["begin", str(run), "eval-cpt"]) == 0
+    rows = [dict(zip(("expression", "value", "met"), row, strict=True)) for row in requirements]
+    write_json(run / "eval" / "summary.json", {"requirements": rows})
+    assert supervisor.main(["end", str(run), "eval-cpt", "1"]) == 1
+    ended = read_json(RunFiles(run).ended("eval-cpt"))
+    assert (ended["outcome"], ended["reason"]) == ("failed", reason)
+
+
+def test_an_earlier_exams_verdict_is_not_this_ones(run: Path) -> None:
+    job = StageJob(name="eval-cpt", script="eval", command=("-c", ""), exam=str(run / "eval" / "summary.json"))
+    write_specification(RunFiles(run), job, SETTINGS)
+    row = {"expression": "accuracy >= 0.85", "value": 0.5, "met": False}
+    write_json(run / "eval" / "summary.json", {"requirements": [row]})
+    os.utime(run / "eval" / "summary.json", (1e9, 1e9))
+    supervisor.main(["begin", str(run), "eval-cpt"])
+    supervisor.main(["end", str(run), "eval-cpt", "1"])  # it crashed, before it judged anything
+    assert read_json(RunFiles(run).ended("eval-cpt"))["reason"] == "the command failed with exit code 1"

@@ -8,7 +8,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.planner.memory import in_flight_layers, optimizer_bytes, stage_memory, weight_bytes
 from megatron_medllm.planner.optimizer_state import buffer_layout
 from megatron_medllm.planner.parameters import (
-    Weight,
+    PlannedWeight,
     chunk_layers,
     chunk_weights,
     matmul_parameters,
@@ -42,7 +42,7 @@ def test_uneven_and_interleaved_stages() -> None:
 
 
 def test_buffers_pad_parameters_and_buckets() -> None:
-    weights = [Weight("a", 10, 1), Weight("b", 70, 1), Weight("c", 3, 1)]
+    weights = [PlannedWeight("a", 10, 1), PlannedWeight("b", 70, 1), PlannedWeight("c", 3, 1)]
     layout = buffer_layout(weights, dp_size=2, distributed_optimizer=True, bucket_size=None)
     assert layout.parameters == ((0, 3), (64, 134), (192, 202))
     assert layout.buckets == ((0, 256),)
@@ -52,7 +52,11 @@ def test_buffers_pad_parameters_and_buckets() -> None:
 
 
 def test_buckets_close_when_full_and_shared_embeddings_stand_alone() -> None:
-    weights = [Weight("embedding", 100, 1, shared_embedding=True), Weight("x", 128, 1), Weight("y", 128, 1)]
+    weights = [
+        PlannedWeight("embedding", 100, 1, shared_embedding=True),
+        PlannedWeight("x", 128, 1),
+        PlannedWeight("y", 128, 1),
+    ]
     layout = buffer_layout(weights, dp_size=2, distributed_optimizer=True, bucket_size=128)
     assert layout.buckets == ((0, 128), (128, 256), (256, 384))
 
@@ -71,7 +75,7 @@ def test_the_distributed_optimizer_shards_twelve_of_them() -> None:
 
 
 def test_quantised_bases() -> None:
-    weight = Weight("w", 256, 256, quantisable=True)
+    weight = PlannedWeight("w", 256, 256, quantisable=True)
     fp8 = Workload(shape=SIZES["7b"], layout=LayoutConfig(), mode="fp8-lora", global_batch_size=1)
     nf4 = Workload(shape=SIZES["7b"], layout=LayoutConfig(), mode="qlora", global_batch_size=1)
     assert stored_bytes(weight, fp8) == 65536 + 4 * 4

@@ -139,7 +139,7 @@ def test_a_changed_input_redoes_exactly_its_dependants(place: Path, tmp_path: Pa
         ({"filters": {"min_edit_distance": 0.1}}, {"score"} | AFTER_RPO),
         ({"epochs": 2.0}, AFTER_RPO),
     ],
-    ids=["watch", "checkpoint", "walltime", "spike factor", "epochs"],
+    ids=["watch", "checkpoint", "walltime", "spike factor", "largest margin", "pair filter", "epochs"],
 )
 def test_what_only_the_run_depends_on_redoes_nothing(place: Path, setting: dict, redone: set[str]) -> None:
     before = parts_of(recipe(place))
