@@ -82,6 +82,7 @@ class ClusterConfig(Section):
     hardware: str = Field(default="h100-sxm", description="hardware description for the planner, or a .json file")
     gpus: bool = Field(default=True, description="ask for GPUs; false for training on CPUs over gloo")
     cpus_per_process: int | None = Field(default=None, gt=0)
+    corpus_tasks: int = Field(default=1, gt=0, description="tasks of a job array that share the building of a corpus")
     account: Word | None = Field(
         default=None, description="who pays; this and the next six win over SBATCH_* in env.sh"
     )
@@ -103,7 +104,6 @@ class ClusterConfig(Section):
         default=None,
         description="shell command, run when the whole chain has ended, well or not: docs/slurm.md has its arguments",
     )
-    corpus_tasks: int = Field(default=1, gt=0, description="tasks of a job array that share the building of a corpus")
     exclude: tuple[str, ...] = Field(default=(), description="nodes never to use")
     max_restarts_without_progress: int = Field(
         default=3, gt=0, description="restarts in a row without a new checkpoint before a job gives up"

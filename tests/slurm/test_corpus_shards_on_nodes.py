@@ -17,7 +17,9 @@ from tests.slurm.local_slurm import LocalSlurm, output, starts
 from tests.worlds.corpus import SENTENCES, contents, write_jsonl
 
 
-def test_a_corpus_in_shards_outlives_a_node_and_equals_one_process(slurm: LocalSlurm, tmp_path: Path) -> None:
+def test_a_corpus_in_shards_outlives_a_node_and_equals_one_process(
+    slurm: LocalSlurm, tiny_model: Path, tmp_path: Path
+) -> None:
     rng = random.Random(11)
     texts = [chr(rng.randrange(0x4E00, 0x9000)) * 40 + rng.choice(SENTENCES) + str(rng.random()) for _ in range(1200)]
     write_jsonl(tmp_path / "a.jsonl", [*texts, *texts[:50]])
@@ -37,7 +39,7 @@ def test_a_corpus_in_shards_outlives_a_node_and_equals_one_process(slurm: LocalS
     run_dir, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     settings = {
         "run_dir": str(run_dir),
-        "model": {"size": "7b"},
+        "model": {"path": str(tiny_model)},
         "corpora": {"medical": config.model_dump(mode="json")},
         "cluster": slurm.cluster(corpus_tasks=4, extra_options=("--exclusive",)).model_dump(mode="json"),
     }

@@ -46,6 +46,28 @@ def run_ours(job: dict) -> None:
     build(CorpusConfig.model_validate(config), Path(job["output"]), workers=job["workers"])
 
 
+def run_shard(job: dict) -> None:
+    """Child: one shard of a build, or with `shard` None the last step."""
+    from megatron_medllm.config.corpus import CorpusConfig
+    from megatron_medllm.corpus.build import build_shard, finish
+    from megatron_medllm.shard import Shard
+
+    source = {"paths": job["data"], "clean": job["clean"]}
+    config = CorpusConfig.model_validate(
+        {
+            "sources": {"s": source},
+            "tokenizer": job["tokenizer"],
+            "eod_id": job["eod_id"],
+            "chunk_mb": 4,
+            **job["extra"],
+        }
+    )
+    if job["shard"] is None:
+        finish(config, Path(job["output"]), workers=1)
+    else:
+        build_shard(config, Path(job["output"]), Shard.parse(job["shard"]), workers=1)
+
+
 def run_peer(job: dict) -> None:
     """Child: preprocess_data.py's loop."""
     import tokenizers
@@ -91,7 +113,7 @@ def measure(side: str, job: dict) -> dict:
     )
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "child.py").write_text(script)
-        job = job | {"output": os.path.join(folder, "out")}
+        job = {"output": os.path.join(folder, "out")} | job
         environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-W", "ignore", f"{folder}/child.py", __file__, side, json.dumps(job)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
@@ -138,17 +160,36 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
         for side in sides:
             side.starts.append(measure(side.kind, side.job | {"data": str(one)}))
             side.wholes.append(measure(side.kind, side.job | {"data": arguments.data}))
-    rows = [_row(side, sides[0], os.path.getsize(arguments.data) / 1e6) for side in sides]
+    rows = [_row(side, sides[0], sides[1], os.path.getsize(arguments.data) / 1e6) for side in sides]
     print("\n".join(rows))
     return rows
 
 
-def _row(side: Side, peer: Side, megabytes: float) -> str:
+def measure_shards(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Processor seconds of every shard of 1, 2 and 4, one after the other, and of the last step; all steps on."""
+    extra = {"dedup": {"near": True}, "decontaminate": {"exams": arguments.exams}}
+    job = {"data": arguments.data, "tokenizer": arguments.tokenizer, "eod_id": arguments.eod_id}
+    job |= {"clean": CLEAN, "extra": extra}
+    megabytes, rows, digests = os.path.getsize(arguments.data) / 1e6, [], set()
+    for count in (1, 2, 4):
+        job["output"] = str(folder / f"shards{count}")
+        shards = [measure("shard", job | {"shard": f"{i + 1}/{count}"})["cpu_s"] for i in range(count)]
+        last = measure("shard", job | {"shard": None})["cpu_s"]
+        files = [Path(job["output"], name).read_bytes() for name in ("s.bin", "s.idx", "manifest.json")]
+        digests.add(hashlib.sha256(b"".join(files)).hexdigest())
+        cells = [str(count), f"{min(shards):.2f} to {max(shards):.2f}", f"{megabytes / max(shards):.1f}", f"{last:.2f}"]
+        rows.append(f"| {' | '.join([*cells, 'yes' if len(digests) == 1 else 'NO'])} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _row(side: Side, peer: Side, floor: Side, megabytes: float) -> str:
     net, peer_net = side.net(), peer.net()
     cells = [
         side.name,
         f"{sum(net):.2f} ({min(net):.2f} to {max(net):.2f})",
         f"{megabytes * len(net) / sum(net):.1f} ({sum(peer_net) / sum(net):.1f} x)",
+        f"{sum(floor.net()) / sum(net):.2f}",
     ]
     for clock in ("cpu_s", "wall_s"):
         cells.append(f"{megabytes / side.best(clock):.1f} ({peer.best(clock) / side.best(clock):.1f} x)")
@@ -196,18 +237,20 @@ def main() -> None:
     parser.add_argument("--exams", required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--memory", action="store_true", help="also measure peak memory on 100 MB and 1 GB")
+    parser.add_argument("--shards", action="store_true", help="also measure 1, 2 and 4 shards and the last step")
     parser.add_argument("--output", type=Path, help="write a Markdown page")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         load = os.getloadavg()[0]
         rows = compare(arguments, Path(folder))
         load = max(load, os.getloadavg()[0])
+        shards = measure_shards(arguments, Path(folder)) if arguments.shards else []
         memory = measure_memory(arguments, Path(folder)) if arguments.memory else []
     if arguments.output:
-        arguments.output.write_text(_page(arguments, rows, memory, load), encoding="utf-8")
+        arguments.output.write_text(_page(arguments, rows, shards, memory, load), encoding="utf-8")
 
 
-def _page(arguments: argparse.Namespace, rows: list[str], memory: list[str], load: float) -> str:
+def _page(arguments: argparse.Namespace, rows: list[str], shards: list[str], memory: list[str], load: float) -> str:
     libraries = ", ".join(f"{n} {version(n)}" for n in ("fastokens", "tokenizers", "rensa", "numpy", "megatron-core"))
     lines = [
         "# The corpus builder's speed and memory",
@@ -223,12 +266,24 @@ def _page(arguments: argparse.Namespace, rows: list[str], memory: list[str], loa
         "Processor time is that of all processes of a side; its MB/s are per core. Start-up: the quickest run on one "
         f"document. Load average up to {load:.1f}, this run included.",
         "",
-        "| | net processor s | MB/s (to the plain loop) | best, by processor | best, by wall clock | start-up s, "
+        "| | net processor s | MB/s (to the plain loop) | share of fastokens' floor | "
+        "best, by processor | best, by wall clock | start-up s, "
         "wall / processor | peak MB | same bytes |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
     ]
+    if shards:
+        lines += [
+            "## Shards (all steps)",
+            "",
+            "Processor seconds with start-up, a worker a shard; MB/s: all the input by the slowest shard's seconds.",
+            "",
+            "| shards | s of a shard | MB/s | the last step, s | same bytes |",
+            "|---|---|---|---|---|",
+            *shards,
+            "",
+        ]
     if memory:
         lines += [
             "## Memory (two workers, deduplication off)",

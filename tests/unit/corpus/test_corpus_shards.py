@@ -21,6 +21,7 @@ from megatron_medllm.corpus.units import InputPiece, Unit
 from megatron_medllm.errors import UserError
 from megatron_medllm.shard import Shard
 from tests.worlds.corpus import SENTENCES, contents, write_jsonl
+from tests.worlds.run import run_medllm
 
 SCRIPT = """
 import sys
@@ -167,3 +168,17 @@ def test_copies_over_many_parts_stay_within_the_stated_memory(tmp_path, configur
     is_copy = owner != np.arange(documents)
     assert (copies.original[is_copy] == owner[is_copy]).all() and (copies.original[~is_copy] == -1).all()
     assert peak <= 100 * documents  # docs/corpus.md
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--shard", "4/3"), "--shard 4/3: expected I/N with I from 1 to N, such as 2/3"),
+        (("--shard", "1/2", "--finish"), "--shard 1/2 and --finish: give one of them"),
+        (("--finish", "--strict"), "--strict: nothing is read by --finish"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, options, line):
+    status, printed = run_medllm("corpus", "build", tmp_path / "recipe.yaml", *options)
+    assert status == 2
+    assert printed.startswith(f"error: {line}") and printed.count("\n") == 1
