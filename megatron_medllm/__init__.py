@@ -2,7 +2,7 @@
 
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # What Megatron-Core and torch say of themselves, in every process: packages that this one does without (`medllm doctor`
 # tells what is here), and calls inside Megatron-Core that torch has renamed.
