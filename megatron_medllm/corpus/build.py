@@ -153,7 +153,7 @@ def _finished(plan: Plan, manifest: dict | None, workers: int | None, strict: bo
             manifest = _assemble(plan)
             manifest["inputs"] = _digest_inputs(plan, pool, plan.files)
             outputs = [path(output_dir / name) for name in config.sources for path in (bin_path, idx_path)]
-            manifest["outputs"] = {Path(p).name: digest for p, digest in _digests(pool, outputs).items()}
+            manifest["outputs"] = {Path(p).name: digest for p, digest in content_digests(pool, outputs).items()}
         manifest |= {"built_from": plan.identity, "backend": {"name": backend, "why": why}}
     manifest = add_blend(manifest, config)
     write_summary(output_dir / "summary.html", manifest)
@@ -292,9 +292,9 @@ def _digest_inputs(plan: Plan, pool: ProcessPoolExecutor, paths: list[Path]) -> 
     known: dict[str, str] = {}
     for left in sorted((plan.work / DIGESTS).glob("*.json")):
         known |= read_json(left)
-    known |= _digests(pool, [path for path in paths if str(path) not in known])
+    known |= content_digests(pool, [path for path in paths if str(path) not in known])
     return {str(path): known[str(path)] for path in paths}
 
 
-def _digests(pool: ProcessPoolExecutor, paths: list[Path]) -> dict[str, str]:
+def content_digests(pool: ProcessPoolExecutor, paths: list[Path]) -> dict[str, str]:
     return {str(path): digest for path, digest in zip(paths, pool.map(digest_path, map(str, paths)), strict=True)}

@@ -131,8 +131,8 @@ def test_inputs_are_digested_by_the_shards(tmp_path, config, monkeypatch):
     for index in (1, 2):
         build_shard(config, tmp_path / "out", Shard(index, 2), workers=1)
     digested: list[Path] = []
-    digest = building._digests
-    monkeypatch.setattr(building, "_digests", lambda pool, paths: digested.extend(paths) or digest(pool, paths))
+    digest = building.content_digests
+    monkeypatch.setattr(building, "content_digests", lambda pool, paths: digested.extend(paths) or digest(pool, paths))
     manifest = finish(config, tmp_path / "out", workers=1)
     assert {path.suffix for path in digested} == {".bin", ".idx"}
     assert manifest["inputs"].keys() == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}

@@ -144,7 +144,7 @@ def test_end_of_document_id_must_exist(build_one):
 
 def test_a_worker_keeps_fastokens_to_one_thread(tmp_path, configure, tokenizer_dir):
     config = configure({"s": {"paths": "unused"}})
-    job = Job(config, describe_tokenizer(str(tokenizer_dir)), tmp_path, tmp_path, False, os.getpid())
+    job = Job(config, describe_tokenizer(str(tokenizer_dir)), tmp_path, False, os.getpid())
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker, (job,)) as pool:
         pool.submit(encode_fast, SENTENCES * 1000).result()
         worker = next(iter(pool._processes))

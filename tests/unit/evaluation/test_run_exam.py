@@ -97,7 +97,8 @@ def test_results_hold_every_answer(finished: tuple[dict, Path]) -> None:
     assert (row["parsed"], row["gold"], row["correct"], row["points"]) == (["a", "d"], [["a", "c"]], False, 0)
     assert row["prohibited"] and row["human_accuracy"] == 0.875
     assert next(r for r in rows if r["problem_id"] == "900B1" and r["mode"] == "explained")["parsed"] is None
-    assert read_json(finished[1] / "summary.json") == finished[0]
+    written = {name: read_json(finished[1] / f"{name}.json") for name in ("summary", "timing")}
+    assert written["summary"] | {"timing": written["timing"]} == finished[0]
 
 
 def test_reports_show_it(finished: tuple[dict, Path]) -> None:
