@@ -26,7 +26,8 @@ medllm=$folder/venv/bin/medllm
 echo "== medllm doctor"
 "$medllm" doctor >doctor.txt
 echo "== medllm examples"
-"$medllm" examples | grep -q "^laptop "
+"$medllm" examples >examples.txt
+grep -q "^laptop " examples.txt
 "$medllm" examples laptop
 "$medllm" examples cpt-qwen2.5-72b-8n8g-tp8pp2-fp8
 echo "== medllm plan"
