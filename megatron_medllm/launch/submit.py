@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 
 from megatron_medllm.config.cluster import (
@@ -125,10 +126,10 @@ def freeze(files: RunFiles, jobs: list[StageJob], cluster: ClusterConfig, config
             "unfit_node_exit_code": UNFIT_NODE_EXIT_CODE,
         }
         write_specification(files, job, settings)
-        tasks = [files.task(job.name, index) for index in range(job.array_size)] if job.array_size else [job.name]
-        for task in tasks:  # of an earlier submission; the history keeps how it ended
-            files.ended(task).unlink(missing_ok=True)
-            files.progress(task).unlink(missing_ok=True)
+        for kind in ("ended.json", "progress"):  # of an earlier submission; the history keeps how it ended
+            name = escape(job.name)
+            for path in [*files.launch.glob(f"{name}.{kind}"), *files.launch.glob(f"{name}.*.{kind}")]:
+                path.unlink()
     files.cancelled.unlink(missing_ok=True)
     shutil.rmtree(files.unfit_nodes, ignore_errors=True)
     frozen = {
