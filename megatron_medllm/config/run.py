@@ -19,6 +19,7 @@ from megatron_medllm.config.cluster import ClusterConfig
 from megatron_medllm.config.corpus import CorpusConfig
 from megatron_medllm.config.demo import DemoConfig
 from megatron_medllm.config.exam import EvalConfig
+from megatron_medllm.config.kernels import KernelsConfig
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.pairs import PairsConfig
@@ -43,6 +44,7 @@ class RunConfig(Section):
     model: ModelConfig
     tokenizer: Path | None = Field(default=None, description="HF tokenizer folder, for a model that brings none")
     layout: LayoutConfig = LayoutConfig()
+    kernels: KernelsConfig = KernelsConfig()
     corpora: dict[str, CorpusConfig] = Field(default={}, description="data sets that `medllm corpus build` makes")
     base: CptConfig | None = Field(default=None, description="pretraining from random weights (miniatures)")
     cpt: CptConfig | None = Field(default=None, description="continued pretraining")
