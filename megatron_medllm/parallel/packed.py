@@ -162,7 +162,7 @@ class RaggedLayout:
 
     lengths_q: tuple[int, ...]
     lengths_kv: tuple[int, ...]
-    kv_rows: list[int] | None  # rows of the stream that are the keys; None: all of it, in order
+    kv_rows: Tensor | None  # int64, rows of the stream that are the keys; None: all of it, in order
 
 
 def sequences_to_use(count: int) -> int:
@@ -209,11 +209,11 @@ def _without_last(piece: SegmentPiece, end: int) -> tuple[tuple[int, int], ...]:
 
 def _ragged_layout(pieces: list[SegmentPiece]) -> RaggedLayout:
     ranges = [keys for piece in pieces for keys in piece.keys]
-    as_they_stand = all(before[1] == after[0] for before, after in pairwise(ranges))
+    rows = _kv_rows(ranges, torch.device("cpu"))
     return RaggedLayout(
         lengths_q=tuple(piece.end - piece.start for piece in pieces),
         lengths_kv=tuple(piece.length for piece in pieces),
-        kv_rows=None if as_they_stand else [row for start, end in ranges for row in range(start, end)],
+        kv_rows=rows if isinstance(rows, Tensor) else None,
     )
 
 

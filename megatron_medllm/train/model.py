@@ -10,6 +10,7 @@ from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, Fp8Recipe
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
+from megatron_medllm.models.attention_choice import choose_attention
 from megatron_medllm.models.initialize import initialize_weights
 from megatron_medllm.models.qwen25 import build_model, unwrap
 from megatron_medllm.parallel.runtime import Runtime
@@ -38,6 +39,7 @@ def build_chunks(
         initialize_weights(chunks, seed=run.seed, device=runtime.device, **tp)
     if adapter is not None:
         _add_adapter(chunks, run, adapter, device=runtime.device, **tp)
+    choose_attention(chunks, run.kernels.attention, runtime.device)
     return chunks
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _SHORTEST = 128  # a plan for less than this would be one more plan and no faster
-_TOTAL_STEPS = 4  # sizes of workspaces between one power of two and the next
+_TOTAL_STEPS = 2  # sizes of workspaces between one power of two and the next
 _ROW = 32  # table rows start at whole 128 bytes; cuDNN wants 16
 
 
@@ -76,7 +76,7 @@ class RaggedBatch:
         heads: tuple[int, int],
         width: int,
         device: torch.device,
-        kv_rows: Sequence[int] | None = None,
+        kv_rows: Tensor | None = None,
     ) -> "RaggedBatch":
         """Put the tables of a stream on the device, in one copy.
 
@@ -86,7 +86,7 @@ class RaggedBatch:
             heads: (np, ng).
             width: hn.
             device: where to.
-            kv_rows: rows of the stream that are the sequences' keys; None: they are all of it, in order.
+            kv_rows: [tokens_kv] int64, rows of the stream that are the sequences' keys; None: all of it, in order.
 
         Raises:
             ValueError: an empty sequence (cuDNN below 9.25 makes NaN of it), fewer keys than queries (the mask is
@@ -120,7 +120,7 @@ class RaggedBatch:
             offsets_q=table[0, : count + 1],
             offsets_kv=table[1, : count + 1],
             offsets_stats=table[2, : count + 1],
-            kv_rows=None if kv_rows is None else torch.tensor(kv_rows, device=device),
+            kv_rows=None if kv_rows is None else kv_rows.to(device),
             bottom_right=list(lengths_q) != list(lengths_kv),
         )
 
@@ -147,6 +147,6 @@ def _power_of_two(length: int) -> int:
 
 
 def _rounded_total(tokens: int) -> int:
-    """Up to a quarter of a power of two, and to 64: cuDNN's workspace is sized by it, what it computes is not."""
+    """Up to half a power of two, and to 64: cuDNN's workspace is sized by it, what it computes is not."""
     step = max(64, (1 << (tokens - 1).bit_length()) // 2 // _TOTAL_STEPS)
     return -(-tokens // step) * step
