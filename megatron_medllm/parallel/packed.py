@@ -152,8 +152,13 @@ class PackedSequences(PackedSeqParams):
             raise ValueError("a ragged layout is of a whole stream")
         if self._layout is None:
             (pieces,) = cut_into_pieces(self.segments, self.split)
-            self._layout = _ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
+            self.set_ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
+        assert self._layout is not None
         return self._layout
+
+    def set_ragged_layout(self, pieces: list[SegmentPiece]) -> None:
+        """Decide which pieces `ragged_layout` is of."""
+        self._layout = _ragged_layout(pieces)
 
 
 @dataclass(frozen=True)

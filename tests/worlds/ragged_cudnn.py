@@ -16,6 +16,10 @@ KINDS = SimpleNamespace(BFLOAT16=torch.bfloat16, HALF=torch.float16, FLOAT=torch
                         INT64=torch.int64)  # fmt: skip
 
 
+class NotSupportedError(Exception):
+    """`cudnn.cudnnGraphNotSupportedError`: no RuntimeError."""
+
+
 class Node:
     """A tensor of a graph."""
 
@@ -49,6 +53,8 @@ class Node:
 class Graph:
     """`cudnn.pygraph`, for one `sdpa` or one `sdpa_backward`."""
 
+    unsupported = False
+
     def __init__(
         self, *, io_data_type: Any, intermediate_data_type: Any, compute_data_type: Any, sm_version: int, handle: Any
     ) -> None:
@@ -81,6 +87,8 @@ class Graph:
         self.built.append("create_execution_plans")
 
     def check_support(self) -> None:
+        if self.unsupported:
+            raise NotSupportedError("No valid engine configs")
         self.built.append("check_support")
 
     def build_plans(self) -> None:
@@ -154,6 +162,7 @@ def front_end() -> Any:
         heur_mode=SimpleNamespace(A="A", FALLBACK="FALLBACK"),
         diagonal_alignment=SimpleNamespace(TOP_LEFT="TOP_LEFT", BOTTOM_RIGHT="BOTTOM_RIGHT"),
         pygraph=Graph,
+        cudnnGraphNotSupportedError=NotSupportedError,
         create_handle=lambda: "handle",
         set_stream=lambda *, handle, stream: None,
         backend_version=lambda: 91900,

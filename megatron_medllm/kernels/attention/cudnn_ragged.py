@@ -212,7 +212,7 @@ def build_plans(key: PlanKey, device: torch.device) -> Plans:
     """Both plans of a key.
 
     Raises:
-        RuntimeError: cuDNN has no kernel for it (`cudnn.cudnnGraphNotSupportedError` is one), or failed.
+        RuntimeError: cuDNN has no kernel for it, or failed.
     """
     start = time.perf_counter()
     handle = _handle(device)
@@ -226,14 +226,21 @@ def build_plans(key: PlanKey, device: torch.device) -> Plans:
 
 
 def compile_graph(graph: Any) -> None:
-    """Check a graph and build its first plan."""
+    """Check a graph and build its first plan.
+
+    Raises:
+        RuntimeError: cuDNN has no kernel for it, or failed.
+    """
     import cudnn
 
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+    except cudnn.cudnnGraphNotSupportedError as error:  # an Exception of no other kind
+        raise RuntimeError(f"cudnnGraphNotSupportedError: {error}") from error
 
 
 def forward_graph(key: PlanKey, **where: Any) -> Any:

@@ -25,7 +25,7 @@ from megatron_medllm.models.attention_choice import (
 )
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.worlds.head import relative_error
-from tests.worlds.ragged_cudnn import front_end
+from tests.worlds.ragged_cudnn import Graph, front_end
 
 CPU = torch.device("cpu")
 SCALE = 1 / math.sqrt(16)
@@ -141,6 +141,14 @@ def test_a_plan_that_cannot_be_built_turns_ragged_off_with_one_warning(caplog: p
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=12 "):
         ragged_cudnn(query, query, query, pack(MANY), SCALE, PlanCache(failing, strict=True))
+
+
+def test_cudnns_own_error_turns_ragged_off_too(cudnn: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Graph, "unsupported", True)
+    plans = PlanCache()
+    query = torch.randn(400, 2, 16, dtype=torch.bfloat16)
+    assert ragged_cudnn(query, query, query, pack(MANY), SCALE, plans) is None
+    assert str(plans.off).endswith("RuntimeError: cudnnGraphNotSupportedError: No valid engine configs")
 
 
 def test_only_so_many_plans_are_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
