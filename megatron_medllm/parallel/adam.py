@@ -47,7 +47,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
+                [torch.full((), float(group["step"]), device=params[0].device)] * len(params),  # no wait, as a copy is
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

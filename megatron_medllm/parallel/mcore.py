@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import foreach
 from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
@@ -70,9 +71,21 @@ def release(chunks: list[nn.Module]) -> None:
 
 
 def build_optimizer(
-    chunks: list[nn.Module], config: TransformerConfig, optimizer: OptimizerConfig, layout: LayoutConfig
+    chunks: list[nn.Module],
+    config: TransformerConfig,
+    optimizer: OptimizerConfig,
+    layout: LayoutConfig,
+    *,
+    helpers: foreach.Choice = "auto",
 ) -> MegatronOptimizer:
     """AdamW over the chunks' trainable parameters; hooks Megatron's schedules up with it and with DDP.
+
+    Args:
+        chunks: this rank's, inside DDP.
+        config: Megatron's, which is given the hooks.
+        optimizer: rates and moments.
+        layout: whether the optimizer's state is spread, and how it overlaps.
+        helpers: `kernels.optimizer`.
 
     Raises:
         UserError: bf16 moments where there is no Transformer Engine to keep them.
@@ -101,6 +114,7 @@ def build_optimizer(
         use_gloo_process_groups=False,
     )
     mend_saved_state(built)
+    foreach.use(built, helpers)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
@@ -249,7 +263,7 @@ def clip_and_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> tuple[bo
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return False, norm
-    for leaf in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for leaf in foreach.leaves(optimizer):
         parameters = leaf.get_parameters()
         if clip_grad > 0 and parameters:
             decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
