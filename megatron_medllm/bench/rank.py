@@ -100,9 +100,7 @@ def build_rank(run: RunConfig, config: CptConfig, ranks: Runtime) -> tuple[list[
     chunks = build_chunks(run, ranks, adapter=adapter, fp8=config.fp8_gemms)
     mcore_config = unwrap(chunks[0]).config
     chunks = mcore.wrap_ddp(chunks, mcore_config, run.layout)
-    optimizer = mcore.build_optimizer(
-        chunks, mcore_config, config.optimizer, run.layout, helpers=run.kernels.optimizer
-    )
+    optimizer = mcore.build_optimizer(chunks, mcore_config, config.optimizer, run.layout, helpers=run.kernels.optimizer)
     return chunks, optimizer
 
 

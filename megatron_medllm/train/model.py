@@ -46,9 +46,10 @@ def _add_adapter(
 ) -> None:
     start = read_peft(config.path, run.model.resolve_shape()) if config.path is not None else None
     bare = [unwrap(chunk) for chunk in chunks]
-    add_adapters(bare, config, seed=run.seed, tp_rank=tp_rank, tp_size=tp_size, device=device)
+    tp = {"tp_rank": tp_rank, "tp_size": tp_size}
+    add_adapters(bare, config, seed=run.seed, device=device, products=run.kernels.lora, **tp)
     if start is not None:
-        load_adapter(chunks, start, tp_rank=tp_rank, tp_size=tp_size)
+        load_adapter(chunks, start, **tp)
 
 
 def resolve_adapter(config: AdapterConfig | None, shape: ModelShape) -> AdapterConfig | None:
