@@ -26,6 +26,7 @@ from megatron_medllm.models.qwen25 import unwrap
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.parallel.staging import runs_ahead
 from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.memory import optimizer_bytes, stage_memory, weight_bytes
 from megatron_medllm.storage import atomic_write, write_json
@@ -53,6 +54,7 @@ class _RandomRows(CptStep):
 
     def __init__(self, run: RunConfig, config: CptConfig, ranks: Runtime) -> None:
         self._config, self._runtime, self._backend = config, ranks, run.model.backend
+        self._ahead = runs_ahead(run.kernels.copies, ranks.device)
         ranks.layout.check_stream(self.stream_length)
         self._vocab_size = run.model.resolve_shape().vocab_size
 

@@ -68,10 +68,11 @@ class Qwen25Model(GPTModel):
             if self.training and torch.is_grad_enabled() and not decoder_input.requires_grad:
                 # Recomputing a layer whose input needs no gradient gives its adapters none, silently.
                 decoder_input.requires_grad_()
+        frequencies = self.rotary_pos_emb.inv_freq
+        if frequencies.device != position_ids.device:  # no buffer of Megatron's module: it stayed where it was made
+            self.rotary_pos_emb.inv_freq = frequencies = frequencies.to(position_ids.device)
         # Not handed to Megatron's layers: the core attention rotates, in one kernel a tensor.
-        packed_seq_params.rotation = rotation_angles(
-            position_ids[0], self.rotary_pos_emb.inv_freq.to(position_ids.device)
-        )
+        packed_seq_params.rotation = rotation_angles(position_ids[0], frequencies)
         return decoder_input, None, None, None, None, padding_mask
 
     def _postprocess(
@@ -86,12 +87,12 @@ class Qwen25Model(GPTModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states of an inner stage; log-probs [t] and log-sum-exps [t] with labels; logits without."""
         if self.post_process and labels is not None and packed_seq_params is not None:
-            return self._token_logprobs(hidden_states, labels, packed_seq_params.uniform_grad)
+            return self._token_logprobs(hidden_states, labels, packed_seq_params)
         return super()._postprocess(
             hidden_states, input_ids, position_ids, labels, *args, packed_seq_params=packed_seq_params, **kwargs
         )
 
-    def _token_logprobs(self, hidden: Tensor, labels: Tensor, uniform_grad: float | None) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, hidden: Tensor, labels: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
@@ -107,7 +108,8 @@ class Qwen25Model(GPTModel):
             tp_group=group if group.size() > 1 else None,
             vocab_start=group.rank() * weight.shape[0],
             valid_vocab=self.shape.vocab_size,
-            uniform_grad=uniform_grad,
+            uniform_grad=packed.uniform_grad,
+            kept_rows=packed.counted_rows,
         )
 
 
