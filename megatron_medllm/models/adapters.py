@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
+from megatron_medllm.models.materialize import Fill, materialize
 from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
@@ -236,6 +237,7 @@ def add_adapters(
     tp_rank: int,
     tp_size: int,
     device: torch.device | None = None,
+    fill: Fill | None = None,
 ) -> None:
     """Freeze the model and put an adapter on every target; call it once the base weights are loaded.
 
@@ -249,8 +251,10 @@ def add_adapters(
         seed: of A.
         tp_rank: this rank within its tensor-parallel group.
         tp_size: size of that group.
-        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere: a base that fits
-            there only in FP8 or NF4 is built and loaded on the CPU. Default: where it is.
+        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere. Default: where it
+            is.
+        fill: starting values of a model built on the meta device, because it fits `device` only in FP8 or NF4; each
+            layer is filled and quantized before the next.
 
     Raises:
         UserError: layers that have no adapter here (Transformer Engine's), or an NF4 base without bitsandbytes.
@@ -259,6 +263,8 @@ def add_adapters(
         chunk.requires_grad_(False)
         target_device = device or next(chunk.parameters()).device
         for layer in chunk.decoder.layers:
+            if fill is not None:
+                materialize(layer, chunk, fill, device=target_device)
             for name, (parent_name, split) in LINEARS.items():
                 if name in config.targets or config.base != "bf16":
                     parent = getattr(layer, parent_name)
@@ -274,6 +280,8 @@ def add_adapters(
                         context=ContextSplit.of(chunk.pg_collection.cp),
                     )
                     setattr(parent, name, adapted)
+        if fill is not None:
+            materialize(chunk, chunk, fill, device=target_device)
         chunk.to(target_device)
         for name, parameter in global_parameters(chunk):
             if name.endswith("lora_a"):

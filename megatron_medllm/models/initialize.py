@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters, unwrap
+from megatron_medllm.models.materialize import Fill, fill_parameters
+from megatron_medllm.models.qwen25 import Qwen25Model
 
 
-@torch.no_grad()
 def initialize_weights(
     chunks: list[nn.Module], *, seed: int, tp_rank: int, tp_size: int, device: torch.device | None = None
 ) -> None:
@@ -28,15 +28,22 @@ def initialize_weights(
         tp_size: size of that group.
         device: draws the numbers (7B on one core: 80 s; CPU and GPU draw different ones). Default: the parameter's.
     """
-    for chunk in map(unwrap, chunks):
-        for name, parameter in global_parameters(chunk):
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
-                parameter.fill_(1.0)
-            else:
-                draw = _draw(chunk, name, seed=seed, device=device or parameter.device)
-                parameter.copy_(_random_slice(chunk, name, parameter, draw, tp_rank=tp_rank, tp_size=tp_size))
+    fill_parameters(chunks, random_values(seed=seed, tp_rank=tp_rank, tp_size=tp_size, device=device))
+
+
+def random_values(*, seed: int, tp_rank: int, tp_size: int, device: torch.device | None = None) -> Fill:
+    """Fills one parameter; arguments as in `initialize_weights`."""
+
+    def fill(chunk: Qwen25Model, name: str, parameter: nn.Parameter) -> None:
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
+            parameter.fill_(1.0)
+        else:
+            draw = _draw(chunk, name, seed=seed, device=device or parameter.device)
+            parameter.copy_(_random_slice(chunk, name, parameter, draw, tp_rank=tp_rank, tp_size=tp_size))
+
+    return fill
 
 
 def _draw(chunk: Qwen25Model, name: str, *, seed: int, device: torch.device) -> Callable[..., Tensor]:
