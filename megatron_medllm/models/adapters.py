@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
-from megatron_medllm.models.materialize import Fill, materialize
+from megatron_medllm.models.materialize import Fill, materialize, parts_beside_layers
 from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
@@ -262,6 +262,8 @@ def add_adapters(
     for chunk in chunks:
         chunk.requires_grad_(False)
         target_device = device or next(chunk.parameters()).device
+        for part in parts_beside_layers(chunk) if fill is not None else []:
+            materialize(part, chunk, fill, device=target_device)
         for layer in chunk.decoder.layers:
             if fill is not None:
                 materialize(layer, chunk, fill, device=target_device)
@@ -280,8 +282,6 @@ def add_adapters(
                         context=ContextSplit.of(chunk.pg_collection.cp),
                     )
                     setattr(parent, name, adapted)
-        if fill is not None:
-            materialize(chunk, chunk, fill, device=target_device)
         chunk.to(target_device)
         for name, parameter in global_parameters(chunk):
             if name.endswith("lora_a"):

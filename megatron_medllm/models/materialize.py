@@ -24,6 +24,12 @@ def fill_parameters(chunks: Iterable[nn.Module], fill: Fill) -> None:
             fill(chunk, name, parameter)
 
 
+def parts_beside_layers(chunk: Qwen25Model) -> list[nn.Module]:
+    """What a chunk has beside its layers: embedding, last norm, head. Large, and not quantized."""
+    parts = [*chunk.children(), *chunk.decoder.children()]
+    return [part for part in parts if part is not chunk.decoder and part is not chunk.decoder.layers]
+
+
 @torch.no_grad()
 def materialize(part: nn.Module, chunk: Qwen25Model, fill: Fill, *, device: torch.device) -> None:
     """Storage on `device` and starting values for the parameters of `part` that have none; others stay as they are.

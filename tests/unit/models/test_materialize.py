@@ -125,7 +125,7 @@ def test_the_host_never_holds_the_model_in_bf16():
     root = Path(__file__).parents[3]
     output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
     bf16_bytes, peak = map(int, output.split()[-2:])
-    assert peak < 0.75 * bf16_bytes, f"{peak / 1e6:.0f} MB for a model of {bf16_bytes / 1e6:.0f} MB in bf16"
+    assert peak < 0.9 * bf16_bytes, f"{peak / 1e6:.0f} MB for a model of {bf16_bytes / 1e6:.0f} MB in bf16"
 
 
 def _print_peak() -> None:
