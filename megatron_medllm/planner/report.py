@@ -9,7 +9,7 @@ from megatron_medllm.planner.search import describe_layout
 GIB = 2**30
 
 ASSUMPTIONS = (
-    "weights and activations in bf16 (fp32 when asked), gradients accumulated and reduced in fp32, Adam in fp32 (its moments as asked)",
+    "weights and activations in bf16 (fp32 when asked), gradients accumulated and reduced in fp32, Adam in fp32",
     "fused attention: no s x s matrix; packed documents cost attention by their mean length",
     "the head keeps no logits: a chunk of fp32 logits and its gradient at a time",
     "5 % of activations and workspaces lost to fragmentation; context, cuBLAS and NCCL as the hardware file reserves",
