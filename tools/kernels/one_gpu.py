@@ -1,6 +1,6 @@
 """Kernels on one H200 (or H100), under ten minutes: ceilings, exactness, the head, FP8 linears, four layers of 7B.
 
-Usage: python tools/kernels/one_gpu.py --out DIR [--wheels DIR] [--limit-s 540]
+Usage: python tools/kernels/one_gpu.py --out DIR [--sections NAME ...] [--wheels DIR] [--limit-s 540]
        python tools/kernels/one_gpu.py --out DIR --tiny      the same code end to end on tiny shapes, on a CPU too
 
 Writes DIR/rows.jsonl after every measurement and DIR/report.md at the end. `--wheels` holds wheels of the peers
@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_medllm.kernels.fp8 import fp8_frozen_linear, fp8_linear, quantize_weight
+from megatron_medllm.kernels.fp8.products import scaled_matmul
+from megatron_medllm.kernels.fp8.quantize import quantize_activation
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.storage import atomic_write
 
@@ -154,10 +156,10 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
     def eager() -> Tensor:
         return F.cross_entropy((hidden @ weight.t()).float(), target)
 
-    def liger() -> Tensor:
+    def liger(head: Tensor = weight) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        return LigerFusedLinearCrossEntropyLoss()(weight, hidden, target)
+        return LigerFusedLinearCrossEntropyLoss()(head, hidden, target)
 
     def cut() -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -169,6 +171,7 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
     yield "ours, frozen", ours(frozen_weight=True)
     yield "ours, general, torch row passes", ours(backend="torch")
     yield "liger", liger
+    yield "liger, frozen", lambda: liger(weight.detach())
     yield "cut cross-entropy", cut
     yield "eager", eager
     yield "torch.compile", torch.compile(eager, dynamic=False)  # half a minute of compilation
@@ -228,6 +231,40 @@ def measure_linears(bench: Bench) -> None:
                 layer().backward(dy)
 
             bench.try_record("linear", kind, lambda step=step: bench.timed(step), layer=name, tokens=tokens)
+
+
+def measure_recipes(bench: Bench) -> None:
+    """`scaled_mm` alone, operands already cast, at the shapes of a 7B layer: by kind of scale, beside bf16.
+
+    Whole-tensor and per-row scales are what a kernel with cheaper scales could reach at most.
+    """
+    tokens = 64 if bench.tiny else 8192
+    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else LINEARS.items():
+        if not name.startswith(("7B", "tiny")):
+            continue
+        x, weight = bench.randn(tokens, k), bench.randn(n, k, scale=0.02)
+        one, rows, columns = (torch.ones(*shape, device=bench.device) for shape in ((), (tokens, 1), (1, n)))
+        cast, base = (value.to(torch.float8_e4m3fn) for value in (x, weight))
+        blocks, weight_blocks = quantize_activation(x)[0], quantize_weight(weight)
+
+        def scaled(a: Tensor, b: Tensor, *, fast: bool, cast: Tensor = cast, base: Tensor = base) -> Tensor:
+            return torch._scaled_mm(cast, base.t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+        products = {
+            "bf16": lambda x=x, w=weight: x @ w.t(),
+            "blocks 1x128 by 128x128": lambda a=blocks, b=weight_blocks: scaled_matmul(a, b, out_dtype=torch.bfloat16),
+            "rows": lambda a=rows, b=columns, scaled=scaled: scaled(a, b, fast=True),
+            "tensor": lambda a=one, scaled=scaled: scaled(a, a, fast=True),
+            "tensor, exact sums": lambda a=one, scaled=scaled: scaled(a, a, fast=False),
+            "cast of x alone": lambda x=x: quantize_activation(x),
+        }
+        for kind, product in products.items():
+
+            def measure(kind: str = kind, product: Callable[[], object] = product, n: int = n, k: int = k) -> dict:
+                ms = bench.timed(product, repeats=10)["ms"]
+                return {"ms": ms} | ({} if "cast" in kind else {"tflops": round(2 * tokens * n * k / ms / 1e9, 1)})
+
+            bench.try_record("product", kind, measure, layer=name, tokens=tokens)
 
 
 class Slice(torch.nn.Module):
@@ -331,12 +368,29 @@ def write_report(bench: Bench) -> None:
         stream.write(("\n".join(lines) + "\n").encode())
 
 
+def sweep_first(bench: Bench, *, compiled: bool = False) -> None:
+    sweep_heads(bench, (128,) if bench.tiny else (8192,), compiled=compiled)
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": measure_ceilings,
+    "head-check": check_head,
+    "head": sweep_first,
+    "linears": measure_linears,
+    "recipes": measure_recipes,
+    "slice": measure_slice,
+    "more-heads": lambda bench: sweep_heads(bench, () if bench.tiny else (2048, 16384), compiled=False),
+    "compiled": lambda bench: sweep_first(bench, compiled=True),
+}
+
+
 def main() -> int:
     """Run all sections within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--limit-s", type=float, default=540)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these, in this order")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
@@ -346,14 +400,8 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s)
-    measure_ceilings(bench)
-    check_head(bench)
-    first, others = ((128,), ()) if bench.tiny else ((8192,), (2048, 16384))
-    sweep_heads(bench, first, compiled=False)
-    measure_linears(bench)
-    measure_slice(bench)
-    sweep_heads(bench, others, compiled=False)
-    sweep_heads(bench, first, compiled=True)
+    for section in arguments.sections:
+        SECTIONS[section](bench)
     write_report(bench)
     return 0
 
