@@ -1,4 +1,4 @@
-"""Where the device's time goes in one step, from torch's profiler: its kernels by kind, and when it waits for the host."""
+"""Where the device's time goes in one step, from torch's profiler: kernels by kind, and waiting for the host."""
 
 import time
 from collections import Counter, defaultdict
@@ -117,9 +117,9 @@ def profile_report(profiled: dict[str, Any]) -> str:
     lines += ["", "| kernel | calls | ms |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['calls']} | {row['seconds'] * 1e3:.2f} |" for row in profiled["top"]]
     if "busy_s" in profiled:
-        share = 100 * profiled["gap_s"] / profiled["wall_s"]
-        lines += ["", f"Of {profiled['wall_s'] * 1e3:.1f} ms the device was busy for {profiled['busy_s'] * 1e3:.1f} and "
-                  f"waited for {profiled['gap_s'] * 1e3:.1f} ({share:.1f} %)."]  # fmt: skip
+        wall, busy, gap = (1e3 * profiled[name] for name in ("wall_s", "busy_s", "gap_s"))
+        waited = f"waited for {gap:.1f} ({100 * gap / wall:.1f} %)"
+        lines += ["", f"Of {wall:.1f} ms the device was busy for {busy:.1f} and {waited}."]
         calls = ", ".join(f"{name} {count}" for name, count in profiled["syncs"].items()) or "none"
         lines += [f"Calls that waited for the device: {calls}.", "", "| gap ms | after | before |", "|---|---|---|"]
         lines += [f"| {gap['seconds'] * 1e3:.2f} | {gap['after']} | {gap['before']} |" for gap in profiled["gaps"]]

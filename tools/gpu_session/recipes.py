@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 ON: dict[str, str] = {}  # every switch at auto: what a user gets
 OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking"}
-# TP8·PP4 as on a cluster, but the torch backend: Transformer Engine is not needed for one rank's bytes and time.
 PAIRS = {"prompt_length": 300, "response_length": 300}
 WHOLE = {"document_length": 65536}  # longer than any row: attention over all of it
 TINY_SHAPE = (
@@ -25,12 +24,14 @@ class Row:
     steps: int = 4
     warmup_steps: int = 2
     rank: int = 0
+    tiny: tuple[str, ...] = ()  # further overrides of a tiny run
+    tiny_rank: int = 0
 
     def all_overrides(self, *, tiny: bool) -> list[str]:
         """What follows the recipe on the command line: no data and no weights are read."""
         found = ["data=/nowhere", "model.path=null", *self.overrides]
         found += [f"kernels.{name}={value}" for name, value in self.switches.items()]
-        return tiny_overrides(found) if tiny else found
+        return [*tiny_overrides(found), *self.tiny] if tiny else found
 
 
 def tiny_overrides(overrides: list[str]) -> list[str]:
@@ -47,7 +48,12 @@ def tiny_overrides(overrides: list[str]) -> list[str]:
 
 def lora(rows: int, length: int, **settings: object) -> Row:
     """Continued pretraining of 7B with LoRA of rank 16."""
-    overrides = ("model.size=7b", f"cpt.global_batch_size={rows}", "cpt.adapter.rank=16", f"cpt.sequence_length={length}")
+    overrides = (
+        "model.size=7b",
+        f"cpt.global_batch_size={rows}",
+        "cpt.adapter.rank=16",
+        f"cpt.sequence_length={length}",
+    )
     return replace(Row("cpt-qwen2.5-7b-1n1g-lora", overrides), **settings)
 
 
@@ -82,7 +88,13 @@ ROWS: dict[str, Row] = {
 TRAIN = list(ROWS)
 ROWS["full-7b"] = Row(
     "cpt-qwen2.5-7b-1n1g-lora",
-    ("model.size=7b", "cpt.adapter=null", "cpt.global_batch_size=1", "layout.recompute=full"),
+    (
+        "model.size=7b",
+        "cpt.adapter=null",
+        "cpt.global_batch_size=1",
+        "layout.recompute=full",
+        "cpt.optimizer.moments_dtype=bfloat16",
+    ),
     steps=3,
     warmup_steps=1,
 )
@@ -92,7 +104,14 @@ ROWS["lora-72b-fp8"] = Row(
     steps=3,
     warmup_steps=1,
 )
-for _rank in (0, 31):
+for _rank, _tiny_rank in ((0, 0), (31, 3)):  # on the torch backend, which needs no Transformer Engine
     ROWS[f"rank-{_rank}"] = Row(
-        "cpt-qwen2.5-72b-4n8g-tp8pp4-fp8", ("model.size=72b",), kind="rank", rank=_rank, steps=2, warmup_steps=1
+        "cpt-qwen2.5-72b-4n8g-tp8pp4-fp8",
+        ("model.size=72b", "model.backend=torch"),
+        kind="rank",
+        rank=_rank,
+        steps=2,
+        warmup_steps=1,
+        tiny=("layout.nodes=1", "layout.gpus_per_node=4", "layout.tp=2", "layout.pp=2", "layout.vpp=1"),
+        tiny_rank=_tiny_rank,
     )

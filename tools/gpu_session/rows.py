@@ -102,7 +102,8 @@ def measure_row(name: str, row: Row, out: Path, *, tiny: bool) -> dict[str, Any]
     steps = {"steps": 1 if tiny else row.steps, "warmup_steps": 1 if tiny else row.warmup_steps}
     try:
         if row.kind == "rank":
-            result = json.loads(measure_rank(run, RankSettings(rank=row.rank, output=folder, **steps)).read_text())
+            rank = row.tiny_rank if tiny else row.rank
+            result = json.loads(measure_rank(run, RankSettings(rank=rank, output=folder, **steps)).read_text())
             return rank_figures(result) | {"switches": row.switches}
         lengths = {key: max(4, value // 16) for key, value in row.lengths.items()} if tiny else row.lengths
         if tiny and not lengths:
@@ -148,8 +149,12 @@ def profile_figures(profiled: dict[str, Any]) -> dict[str, Any]:
 
 def rank_figures(result: dict[str, Any]) -> dict[str, Any]:
     held, planned = sum(result["held_bytes"].values()), sum(result["planned_bytes"].values())
+    planned_s, planned_peak = (result.get(f"planned_{name}") for name in ("forward_backward_s", "peak_bytes"))
     return {
         "device": result["environment"]["device"],
+        "planned_forward_backward_s": planned_s and round(planned_s, 4),
+        "planned_peak_gib": planned_peak and round(planned_peak / GIB, 2),
+        "build_s": result.get("build_s"),
         "forward_backward_s": round(result["forward_backward_s"], 4),
         "optimizer_s": round(result["optimizer_s"], 4),
         "micro_batches": result["micro_batches"],

@@ -3,11 +3,11 @@
 Usage: tools/gpu_session.sh OUT [PART[=SECONDS] ...] [--rows NAME ...] [--again] [--tiny] [--work DIR] [--limit-s N]
        tools/gpu_session.sh --list
 
-Parts run in the order they are named (default: all but `all-tests`), each for at most its seconds. A part that fails or
-runs out of time stops no other, and keeps the rows it had. OUT is the only state: results.jsonl grows as rows end, and a
-part that came to its end there is skipped unless --again; of a part that was cut off, the rows without a result are run.
-report.md and logs.tar.gz are written anew after every part. Nothing else is needed but this package's requirements and,
-for the peers, liger-kernel, trl and peft. `--tiny` runs the same code on tiny shapes, on a CPU too.
+Parts run in the order they are named (default: all but `all-tests`), each for at most its seconds. A part that fails
+or runs out of time stops no other, and keeps the rows it had. OUT is the only state: results.jsonl grows as rows end,
+and a part that came to its end there is skipped unless --again; of a part that was cut off, the rows without a result
+are run. report.md and logs.tar.gz are written anew after every part. Nothing is needed but this package's requirements
+and, for the peers, liger-kernel, trl and peft. `--tiny` runs the same code on tiny shapes, on a CPU too.
 """
 
 import argparse
@@ -34,6 +34,10 @@ POLL_S, KILL_AFTER_S = 0.3, 4.0
 RESTART = 75  # exit status of rows.py: no row failed, a new process goes on
 PACKAGES = ("torch", "triton", "transformers", "megatron-core", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13",
             "transformer-engine", "peft", "trl", "liger-kernel", "liger_kernel", "numpy")  # fmt: skip
+
+
+SHOWN = ("row", "section", "name", "model", "layer", "ended", "seconds", "error", "step_ms", "tokens_per_s",
+         "pairs_per_s", "peak_gib", "ms", "tflops", "result", "failed", "device", "forward_backward_s")  # fmt: skip
 
 
 class Results:
@@ -67,10 +71,6 @@ class Results:
             for path in sorted(work.rglob("*")):
                 if path.suffix in (".log", ".md", ".json", ".jsonl") and path.stat().st_size < 2**22:
                     archive.add(path, path.relative_to(work))
-
-
-SHOWN = ("row", "section", "name", "model", "layer", "ended", "seconds", "error", "step_ms", "tokens_per_s", "pairs_per_s",
-         "peak_gib", "ms", "tflops", "result", "failed", "device", "forward_backward_s")  # fmt: skip
 
 
 def main() -> int:

@@ -1,11 +1,13 @@
 """Peers at 7B on one GPU, under ten minutes: HF + peft + Liger in continued pretraining, TRL's DPOTrainer in RPO.
 
-Usage: python tools/peers/liger_trl_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150] [--rows PART ...] [--exact]
+Usage: python tools/peers/liger_trl_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150]
+           [--rows PART ... [--exact]]
        python tools/peers/liger_trl_7b.py --out rows.jsonl --tiny   the same code on a tiny model, on a CPU too
 
 Models have the shape of Qwen2.5-7B (152,064 words, untied) and random weights made on the GPU in bf16; LoRA of rank 16
 on all linears, SDPA. `cpt` rows: a bare loop (peft, bf16 adapters, Liger's RoPE, RMSNorm, SwiGLU and fused linear CE,
-torch's fused AdamW), one packed row a pass, one pass a step (`packed`: 4), attention across its documents. `dpo` rows: TRL's trainer with its own
+torch's fused AdamW), one packed row a pass and one pass a step (`packed`: 4 passes), attention across its documents.
+`dpo` rows: TRL's trainer with its own
 adapters (fp32 under bf16 autocast, its default), `sigmoid` + `sft`, 8 synthetic pairs a step: prompts of 300 tokens,
 answers of 200 to 400. TRL 1.16 takes Liger's layer kernels but always its own fused head. 2 steps warm up, 4 count;
 set-up and the reference's pass are not timed. Tokens of a pair are counted as of two documents, padding is not counted.
