@@ -41,9 +41,11 @@ def json_lines(name: str) -> Callable[[Path, Path], list[dict[str, Any]]]:
 
 
 def pytest_rows(_: Path, log: Path) -> list[dict[str, Any]]:
-    """One row a test that has ended, from the lines of `pytest -v`."""
+    """One row a test that has ended, from the lines of `pytest -v`, with or without pytest-xdist."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE)
+    alone = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE)
+    beside = re.findall(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/.+?) *$", text, re.MULTILINE)
+    found = alone + [(name, result) for result, name in beside]
     return [{"row": name.removeprefix("tests/"), "result": result.lower()} for name, result in found]
 
 
@@ -54,7 +56,7 @@ def training(folder: Path, rows: list[str], tiny: bool) -> list[str]:
 def kernels(*sections: str) -> Callable[[Path, list[str], bool], list[str]]:
     def command(folder: Path, _: list[str], tiny: bool) -> list[str]:
         tool = [str(TOOLS / "kernels" / "one_gpu.py"), "--out", str(folder)]
-        return [*tool, "--sections", *sections, *["--tiny"] * tiny]
+        return [*tool, "--only", "7B", "--sections", *sections, *["--tiny"] * tiny]
 
     return command
 
@@ -75,7 +77,9 @@ def peers(*names: str) -> Callable[[Path, list[str], bool], list[str]]:
 def gpu_tests(*paths: str) -> Callable[[Path, list[str], bool], list[str]]:
     def command(folder: Path, _: list[str], tiny: bool) -> list[str]:
         chosen = ["tests/unit/bench/test_process.py"] if tiny else list(paths)  # tests/gpu skips without a device
-        return ["-m", "pytest", "-v", "-rfE", "-W", "ignore", "-p", "no:cacheprovider", "--timeout", "60",
+        # Side by side: most of a test's time is its processes' start, and their models are small.
+        beside = [] if tiny else ["-n", "6"]
+        return ["-m", "pytest", "-v", *beside, "-rfE", "-W", "ignore", "-p", "no:cacheprovider", "--timeout", "60",
                 "-o", "addopts=--strict-markers --import-mode=importlib", "--basetemp", str(folder / "tmp"),
                 *chosen]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Kernels on one H200 (or H100), under ten minutes: ceilings, exactness, the head, FP8 linears, four layers of 7B.
 
-Usage: python tools/kernels/one_gpu.py --out DIR [--sections NAME ...] [--wheels DIR] [--limit-s 540]
+Usage: python tools/kernels/one_gpu.py --out DIR [--sections NAME ...] [--only 7B] [--wheels DIR] [--limit-s 540]
        python tools/kernels/one_gpu.py --out DIR --tiny      the same code end to end on tiny shapes, on a CPU too
 
 Writes DIR/rows.jsonl after every measurement and DIR/report.md at the end. `--wheels` holds wheels of the peers
@@ -53,7 +53,12 @@ class Bench:
     out: Path
     tiny: bool
     deadline: float
+    only: str = ""
     rows: list[dict] = field(default_factory=list)
+
+    def wanted(self, shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Those of models whose name begins with `only`."""
+        return {name: shape for name, shape in shapes.items() if name.startswith(self.only)}
 
     def record(self, section: str, name: str, **figures: object) -> None:
         row = {"section": section, "name": name, **figures}
@@ -179,7 +184,7 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
 
 def sweep_heads(bench: Bench, token_counts: tuple[int, ...], *, compiled: bool) -> None:
     """Forward + backward of every variant, and our forward alone; or of `torch.compile` alone."""
-    shapes = {"tiny": (64, 1000)} if bench.tiny else HEADS
+    shapes = {"tiny": (64, 1000)} if bench.tiny else bench.wanted(HEADS)
     for tokens, (model, (hidden_size, vocab)) in itertools.product(token_counts, shapes.items()):
         hidden = bench.randn(tokens, hidden_size).requires_grad_()
         weight = bench.randn(vocab, hidden_size, scale=0.02).requires_grad_()
@@ -208,7 +213,7 @@ def time_scoring(bench: Bench, score: Callable[[], Tensor]) -> dict:
 def measure_linears(bench: Bench) -> None:
     """Forward + backward with all casts: bf16, FP8 trained, FP8 frozen with a rank-16 adapter."""
     tokens = 64 if bench.tiny else 8192
-    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else LINEARS.items():
+    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else bench.wanted(LINEARS).items():
         x = bench.randn(tokens, k).requires_grad_()
         weight = bench.randn(n, k, scale=0.02).requires_grad_()
         base = quantize_weight(weight.detach())
@@ -243,7 +248,7 @@ def measure_recipes(bench: Bench) -> None:
         if not name.startswith(("7B", "tiny")):
             continue
         x, weight = bench.randn(tokens, k), bench.randn(n, k, scale=0.02)
-        one, rows, columns = (torch.ones(*shape, device=bench.device) for shape in ((), (tokens, 1), (1, n)))
+        one, rows, columns = (torch.ones(shape, device=bench.device) for shape in ((), (tokens, 1), (1, n)))
         cast, base = (value.to(torch.float8_e4m3fn) for value in (x, weight))
         blocks, weight_blocks = quantize_activation(x)[0], quantize_weight(weight)
 
@@ -391,6 +396,7 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--limit-s", type=float, default=540)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these, in this order")
+    parser.add_argument("--only", default="", help="models whose name begins so: 7B, 72B")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
@@ -399,9 +405,12 @@ def main() -> int:
         add_wheels(arguments.wheels)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s)
+    bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s, arguments.only)
     for section in arguments.sections:
-        SECTIONS[section](bench)
+        try:
+            SECTIONS[section](bench)
+        except RuntimeError as error:  # out of memory, a kernel that this device has not: the next section goes on
+            bench.record(section, "the section", failed=f"{type(error).__name__}: {str(error)[:300]}")
     write_report(bench)
     return 0
 
