@@ -31,8 +31,7 @@ def main(arguments: list[str]) -> int:
     """Entry point; returns the exit status for the batch script."""
     action, run, stage = arguments[0], pathlib.Path(arguments[1]), arguments[2]
     spec = json.loads((run / "launch" / (stage + ".json")).read_text())
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # every task of an array has its own history
-        stage += "." + os.environ["SLURM_ARRAY_TASK_ID"]
+    stage = task_name(stage)  # every task of an array has its own history
     if action == "begin":
         return begin(run, stage, spec)
     return end(run, stage, spec, int(arguments[3]))
@@ -173,9 +172,20 @@ def last_error_lines(run: pathlib.Path, stage: str) -> list[str]:
     return logs[-1].read_text(errors="replace").splitlines()[-LAST_LINES:] if logs else []
 
 
-def log_directory(run: pathlib.Path, stage: str) -> pathlib.Path:
-    """Where this start's per-rank logs are."""
-    return run / "launch" / "logs" / stage / f"job{job_id()}-restart{restart_count()}"
+def log_directory(run: pathlib.Path, task: str) -> pathlib.Path:
+    """Where this start's logs are, a folder per node."""
+    return run / "launch" / "logs" / task / start_name()
+
+
+def task_name(stage: str) -> str:
+    """What this job's files are called: the stage, with the number of an array's task."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{stage}.{task}" if task else stage
+
+
+def start_name() -> str:
+    """What this start of this job is called."""
+    return f"job{job_id()}-restart{restart_count()}"
 
 
 def job_id() -> str:
