@@ -11,6 +11,7 @@ and backward, beside flash. One that fails or disagrees is left out (`auto`) or 
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from megatron_medllm.kernels.attention import (
 )
 from megatron_medllm.models.attention import Attend, PackedAttention, attend_by_default, dense_sdpa, flash_varlen
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from megatron_medllm.parallel.staging import to_device
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,12 @@ def ragged_cudnn(
     if name not in packed.tables:
         layout = packed.ragged_layout()
         packed.tables[name] = RaggedBatch.build(
-            layout.lengths_q, layout.lengths_kv, heads=heads, width=width, device=query.device, kv_rows=layout.kv_rows
+            layout.lengths_q,
+            layout.lengths_kv,
+            heads=heads,
+            width=width,
+            move=partial(to_device, device=query.device, ahead=packed.ahead),
+            kv_rows=layout.kv_rows,
         )
     batch: RaggedBatch = packed.tables[name]
     found = plans.get(plan_key(batch, heads=heads, width=width, dtype=query.dtype, scale=scale), query.device)

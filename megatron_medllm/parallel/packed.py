@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
+from megatron_medllm.parallel.staging import to_device
 
 # A padded attention batch may hold at most this share of padding before a segment opens the next one.
 _MIN_FILL = 0.6
@@ -88,6 +90,8 @@ class PackedSequences(PackedSeqParams):
     split: ContextSplit = WHOLE
     rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [t/cp, hn/2] fp32; the model sets it
     uniform_grad: float | None = None  # d loss / d log-prob of every counted token, where it is one known number
+    counted_rows: Tensor | None = None  # int64, this rank's tokens that are predicted, where the host has counted them
+    ahead: bool = False  # plans go to the device in queued copies
     _batches: "list[PaddedBatch] | None" = field(default=None, repr=False)
     _plans: "list[VarlenPlan] | None" = field(default=None, repr=False)
     _layout: "RaggedLayout | None" = field(default=None, repr=False)
@@ -95,7 +99,13 @@ class PackedSequences(PackedSeqParams):
 
     @classmethod
     def from_segments(
-        cls, segments: tuple[Segment, ...], position_ids: Tensor, *, backend: str, split: ContextSplit = WHOLE
+        cls,
+        segments: tuple[Segment, ...],
+        position_ids: Tensor,
+        *,
+        backend: str,
+        split: ContextSplit = WHOLE,
+        ahead: bool = False,
     ) -> "PackedSequences":
         """Build for a backend.
 
@@ -104,6 +114,7 @@ class PackedSequences(PackedSeqParams):
             position_ids: [t/cp], of this rank's tokens.
             backend: whose attention it is for; under context parallelism both backends use ours.
             split: which tokens are this rank's.
+            ahead: copy plans to the device without waiting for it.
 
         Raises:
             ValueError: the segments do not follow each other through the whole stream, or the te backend was asked for
@@ -114,10 +125,10 @@ class PackedSequences(PackedSeqParams):
         if [s.start for s in segments] != bounds[:-1] or bounds[-1] != length:
             raise ValueError(f"segments must follow each other from 0 to {length}: {segments}")
         if backend == "torch" or split.size > 1:
-            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments, split=split)
+            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments, split=split, ahead=ahead)
         if any(s.prefix_length for s in segments):
             raise ValueError("the te backend packs chosen and rejected side by side; it cannot share their prompt")
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
+        (cu_seqlens,) = to_device([np.array(bounds, np.int32)], position_ids.device, ahead=ahead)
         longest = max(s.length for s in segments)
         return cls(
             qkv_format="thd",
@@ -127,6 +138,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             position_ids=position_ids,
             segments=segments,
+            ahead=ahead,
         )
 
     def padded_batches(self, device: torch.device) -> list["PaddedBatch"]:
@@ -139,7 +151,8 @@ class PackedSequences(PackedSeqParams):
     def varlen_plans(self, device: torch.device) -> list["VarlenPlan"]:
         """The same for a variable-length kernel, a call per chunk; computed once per micro-batch."""
         if self._plans is None:
-            self._plans = [_varlen_plan(chunk, device) for chunk in cut_into_pieces(self.segments, self.split)]
+            chunks = cut_into_pieces(self.segments, self.split)
+            self._plans = [_varlen_plan(chunk, device, ahead=self.ahead) for chunk in chunks]
         return self._plans
 
     def ragged_layout(self) -> "RaggedLayout":
@@ -167,7 +180,7 @@ class RaggedLayout:
 
     lengths_q: tuple[int, ...]
     lengths_kv: tuple[int, ...]
-    kv_rows: Tensor | None  # int64, rows of the stream that are the keys; None: all of it, in order
+    kv_rows: np.ndarray | None  # int64, rows of the stream that are the keys; None: all of it, in order
 
 
 def sequences_to_use(count: int) -> int:
@@ -214,11 +227,11 @@ def _without_last(piece: SegmentPiece, end: int) -> tuple[tuple[int, int], ...]:
 
 def _ragged_layout(pieces: list[SegmentPiece]) -> RaggedLayout:
     ranges = [keys for piece in pieces for keys in piece.keys]
-    rows = _kv_rows(ranges, torch.device("cpu"))
+    rows = _kv_rows(ranges)
     return RaggedLayout(
         lengths_q=tuple(piece.end - piece.start for piece in pieces),
         lengths_kv=tuple(piece.length for piece in pieces),
-        kv_rows=rows if isinstance(rows, Tensor) else None,
+        kv_rows=None if isinstance(rows, slice) else rows,
     )
 
 
@@ -234,25 +247,30 @@ class VarlenPlan:
     kv_rows: Tensor | slice  # of the whole stream; rows one by one where a prefix is repeated before its responses
 
 
-def _varlen_plan(pieces: list[SegmentPiece], device: torch.device) -> VarlenPlan:
+def _varlen_plan(pieces: list[SegmentPiece], device: torch.device, *, ahead: bool) -> VarlenPlan:
     bounds_q, bounds_kv = [0], [0]
     for piece in pieces:
         bounds_q.append(bounds_q[-1] + piece.end - piece.start)
         bounds_kv.append(bounds_kv[-1] + piece.length)
+    arrays = [np.array(bounds, np.int32) for bounds in (bounds_q, bounds_kv)]
+    kv_rows = _kv_rows([keys for piece in pieces for keys in piece.keys])
+    cu_seqlens_q, cu_seqlens_kv, *moved = to_device(
+        arrays if isinstance(kv_rows, slice) else [*arrays, kv_rows], device, ahead=ahead
+    )
     return VarlenPlan(
         queries=slice(pieces[0].start, pieces[-1].end),
-        cu_seqlens_q=torch.tensor(bounds_q, dtype=torch.int32, device=device),
-        cu_seqlens_kv=torch.tensor(bounds_kv, dtype=torch.int32, device=device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
         max_q=max(piece.end - piece.start for piece in pieces),
         max_kv=max(piece.length for piece in pieces),
-        kv_rows=_kv_rows([keys for piece in pieces for keys in piece.keys], device),
+        kv_rows=kv_rows if isinstance(kv_rows, slice) else moved[0],
     )
 
 
-def _kv_rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | slice:
+def _kv_rows(ranges: list[tuple[int, int]]) -> np.ndarray | slice:
     if all(before[1] == after[0] for before, after in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
-    return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+    return np.concatenate([np.arange(start, end) for start, end in ranges])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What cuDNN's ragged attention is told of a stream: literal tables, shapes and keys, and how often keys repeat."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 from megatron_medllm.kernels.attention import RaggedBatch, plan_key
 from megatron_medllm.kernels.attention.ragged import PlanKey
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from megatron_medllm.parallel.staging import to_device
 
-CPU = torch.device("cpu")
+MOVE = partial(to_device, device=torch.device("cpu"), ahead=True)
 
 
-def build(lengths_q: list[int], lengths_kv: list[int], rows: torch.Tensor | None = None) -> RaggedBatch:
-    return RaggedBatch.build(lengths_q, lengths_kv, heads=(6, 2), width=16, device=CPU, kv_rows=rows)
+def build(lengths_q: list[int], lengths_kv: list[int], rows: np.ndarray | None = None) -> RaggedBatch:
+    return RaggedBatch.build(lengths_q, lengths_kv, heads=(6, 2), width=16, move=MOVE, kv_rows=rows)
 
 
 def key_of(batch: RaggedBatch) -> PlanKey:
@@ -22,7 +24,7 @@ def key_of(batch: RaggedBatch) -> PlanKey:
 
 
 def test_tables_are_in_elements_of_each_tensor():
-    batch = build([3, 1, 2], [3, 1, 4], torch.tensor([0, 1, 2, 3, 0, 1, 4, 5]))
+    batch = build([3, 1, 2], [3, 1, 4], np.array([0, 1, 2, 3, 0, 1, 4, 5]))
     assert batch.offsets_q.tolist() == [0, 3 * 96, 4 * 96, 6 * 96]  # 6 heads of 16
     assert batch.offsets_kv.tolist() == [0, 3 * 32, 4 * 32, 8 * 32]  # 2 heads of 16
     assert batch.offsets_stats.tolist() == [0, 18, 24, 36]  # 6 heads
@@ -30,6 +32,7 @@ def test_tables_are_in_elements_of_each_tensor():
     assert [x.dtype for x in (batch.lengths_q, batch.lengths_kv)] == [torch.int32] * 2
     assert [x.dtype for x in (batch.offsets_q, batch.offsets_kv, batch.offsets_stats)] == [torch.int64] * 3
     assert (batch.tokens_q, batch.tokens_kv, batch.max_q, batch.max_kv) == (6, 8, 3, 4)
+    assert batch.kv_rows is not None and batch.kv_rows.tolist() == [0, 1, 2, 3, 0, 1, 4, 5]
     assert batch.bottom_right and not build([3, 1], [3, 1]).bottom_right
 
 
@@ -48,11 +51,11 @@ def test_every_table_starts_where_cudnn_may_read(count: int):
         ([3, 2], [3, 1], None, "as many keys as queries"),
         ([3], [3, 1], None, "1 lengths of queries, 2 of keys"),
         ([], [], None, "0 lengths"),
-        ([1, 1], [1, 2], torch.arange(2), "2 rows for 3 keys"),
+        ([1, 1], [1, 2], np.arange(2), "2 rows for 3 keys"),
     ],
 )
 def test_what_cudnn_would_answer_with_nan_is_refused(
-    lengths_q: list[int], lengths_kv: list[int], rows: torch.Tensor | None, message: str
+    lengths_q: list[int], lengths_kv: list[int], rows: np.ndarray | None, message: str
 ):
     with pytest.raises(ValueError, match=message):
         build(lengths_q, lengths_kv, rows)
