@@ -98,7 +98,7 @@ class RaggedBatch:
             raise ValueError("a sequence needs a query, and as many keys as queries")
         if kv_rows is not None and len(kv_rows) != sum(lengths_kv):
             raise ValueError(f"{len(kv_rows)} rows for {sum(lengths_kv)} keys")
-        arrays = [np.array(lengths, np.int32) for lengths in (lengths_q, lengths_kv)]
+        arrays: list[np.ndarray] = [np.array(lengths, np.int32) for lengths in (lengths_q, lengths_kv)]
         for lengths, stride in ((lengths_q, heads[0] * width), (lengths_kv, heads[1] * width), (lengths_q, heads[0])):
             arrays.append(np.array([0, *accumulate(lengths)], np.int64) * stride)
         tables = move(arrays if kv_rows is None else [*arrays, kv_rows])

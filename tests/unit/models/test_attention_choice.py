@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.attention import PlanCache, cudnn_ragged
 from megatron_medllm.models import attention_choice
@@ -23,9 +24,11 @@ from megatron_medllm.models.attention_choice import (
     disagreement,
     ragged_cudnn,
 )
+from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.worlds.head import relative_error
 from tests.worlds.ragged_cudnn import Graph, front_end
+from tests.worlds.shapes import tiny_shape
 
 CPU = torch.device("cpu")
 SCALE = 1 / math.sqrt(16)
@@ -246,3 +249,31 @@ def test_an_explicit_choice_that_fails_its_check_is_refused(cudnn: None, monkeyp
     monkeypatch.setattr(attention_choice, "missing_front_end", lambda device: "the wheel")
     with pytest.raises(UserError, match=r"^kernels\.attention=cudnn needs the wheel; auto takes"):
         choose_attention([Chunk()], "cudnn", CPU)
+
+
+def test_the_run_file_decides():
+    from megatron_medllm.train.model import build_chunks
+
+    def built(wanted: str) -> list[nn.Module]:
+        run = RunConfig.model_validate(
+            {
+                "run_dir": "unwritten",
+                "model": {"dtype": "bfloat16", "shape": tiny_shape(hidden_size=64, ffn_hidden_size=64, vocab_size=96)},
+                "kernels": {"attention": wanted},
+                "cpt": {
+                    "optimizer": {"lr": 0.01}, "sequence_length": 32, "global_batch_size": 4,
+                    "data": [{"path": "unread"}], "train_tokens": 128,
+                },
+            }
+        )  # fmt: skip
+        ranks = runtime.start(run.layout, seed=0)
+        try:
+            return build_chunks(run, ranks, adapter=None, fp8=None)
+        finally:
+            runtime.stop()
+
+    layers = [m for chunk in built("auto") for m in chunk.modules() if isinstance(m, PackedAttention)]
+    assert layers and all(layer.attend is attend_by_default for layer in layers)
+    assert {layer.dtype for layer in layers} == {torch.bfloat16}
+    with pytest.raises(UserError, match=r"^kernels\.attention=cudnn needs a CUDA device"):
+        built("cudnn")
