@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 DENSE_FROM = 512  # tokens; below, a launch costs more than the kernels differ
 DENSE_LENGTHS = 16  # torch plans every new length anew (tens of ms): only so many lengths of a process go this way
 _AGREEMENT = 0.02  # relative; two bf16 kernels are within 0.01 of each other
+_NO_KERNEL = "No available kernel"  # torch's words where the backends that it may use refuse
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -52,7 +53,13 @@ class CudnnAttention:
         if query.dtype not in _SIXTEEN_BITS or packed.split.size != 1:
             return attend_by_default(query, key, value, packed, scale)
         if self.dense and self._is_dense(packed, len(query)):
-            return dense_sdpa(query, key, value, scale)
+            try:
+                return dense_sdpa(query, key, value, scale)
+            except RuntimeError as error:
+                if _NO_KERNEL not in str(error):
+                    raise
+                log.warning("attention: cuDNN has no kernel for a document of %d tokens; flash attends", len(query))
+                self.dense = False
         out = None if self.plans is None else ragged_cudnn(query, key, value, packed, scale, self.plans)
         return attend_by_default(query, key, value, packed, scale) if out is None else out
 

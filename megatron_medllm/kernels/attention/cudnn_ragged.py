@@ -51,7 +51,7 @@ def missing_front_end(device: torch.device) -> str | None:
         import cudnn
 
         version = int(cudnn.backend_version())
-    except CUDNN_ERRORS as error:
+    except (*CUDNN_ERRORS, AssertionError) as error:  # it asserts that it finds one libcudnn
         return f"cuDNN's front end, which is installed and cannot be used: {described(error)}"
     return None if version >= _OLDEST else f"cuDNN 9.7 or newer (found {version})"
 

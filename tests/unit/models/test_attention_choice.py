@@ -130,6 +130,26 @@ def test_fp32_stays_with_torch():
     )
 
 
+def test_a_length_that_cudnn_refuses_is_left_to_flash(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    attend, message = CudnnAttention(dense=True, plans=None), "No available kernel. Aborting execution."
+
+    def refuses(*_: Any) -> Tensor:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(attention_choice, "dense_sdpa", refuses)
+    query = torch.randn(640, 2, 16, dtype=torch.bfloat16)
+    assert torch.equal(
+        attend(query, query, query, pack(ONE_DOCUMENT), SCALE),
+        padded_sdpa(query, query, query, pack(ONE_DOCUMENT), SCALE),
+    )
+    assert (attend.dense, len(caplog.records)) == (False, 1)
+    message = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        CudnnAttention(dense=True, plans=None)(query, query, query, pack(ONE_DOCUMENT), SCALE)
+
+
 def failing(key: Any, device: torch.device) -> Any:
     raise RuntimeError("No valid engine configs\nWarning: CUDNN_STATUS_NOT_SUPPORTED")
 
