@@ -96,7 +96,7 @@ ROW_FILE = json_lines("rows.jsonl")
 PARTS: dict[str, Part] = {
     "ceilings": Part("bf16 products, copies", 30, kernels("ceilings"), ROW_FILE),
     "attention": Part("attention kernels against fp32", 75, attention, ROW_FILE),
-    "train": Part("7B rows with switches on and off", 200, training, ROW_FILE, tuple(TRAIN), 60),
+    "train": Part("7B rows with switches on and off", 200, training, ROW_FILE, tuple(TRAIN), 90),
     "peers": Part(
         "HF + peft + Liger, 8,192 whole and 4,096 packed", 90, peers("cpt 8192", "cpt 4096 packed"), ROW_FILE
     ),
