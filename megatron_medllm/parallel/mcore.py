@@ -137,7 +137,7 @@ def build_optimizer(
 
 def _narrow_moments(built: MegatronOptimizer, moments: torch.dtype) -> None:
     """Have our own Adam hold its moments so: of the others only Transformer Engine's can."""
-    for leaf in built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]:
+    for leaf in foreach.leaves(built):
         if not isinstance(leaf.optimizer, FusedAdam):
             name = type(leaf.optimizer).__module__
             raise UserError(f"optimizer.moments_dtype=bfloat16: {name} keeps its moments in float32; use float32")
