@@ -62,8 +62,7 @@ def kernels(*sections: str) -> Callable[[Path, list[str], bool], list[str]]:
 
 
 def attention(folder: Path, _: list[str], tiny: bool) -> list[str]:
-    tool = TOOLS / "kernels" / "attention_sweep.py"
-    return [str(tool), "--out", str(folder / "rows.jsonl"), *["--tiny"] * tiny]
+    return [str(TOOLS / "kernels" / "attention_gpu.py"), "--out", str(folder), *["--tiny"] * tiny]
 
 
 def peers(*names: str) -> Callable[[Path, list[str], bool], list[str]]:

@@ -116,7 +116,11 @@ def measure_row(name: str, row: Row, out: Path, *, tiny: bool) -> dict[str, Any]
     try:
         if row.kind == "rank":
             rank = row.tiny_rank if tiny else row.rank
-            result = json.loads(measure_rank(run, RankSettings(rank=rank, output=folder, **steps)).read_text())
+            result = json.loads(
+                measure_rank(
+                    run, RankSettings(rank=rank, output=folder, micro_batches=2 if tiny else None, **steps)
+                ).read_text()
+            )
             return rank_figures(result) | {"switches": row.switches}
         lengths = {key: max(4, value // 16) for key, value in row.lengths.items()} if tiny else row.lengths
         if tiny and not lengths:

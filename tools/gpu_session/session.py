@@ -38,7 +38,7 @@ PACKAGES = ("torch", "triton", "transformers", "megatron-core", "nvidia-cudnn-fr
 
 
 SHOWN = ("row", "section", "name", "model", "layer", "ended", "seconds", "error", "step_ms", "tokens_per_s",
-         "pairs_per_s", "peak_gib", "ms", "tflops", "result", "failed", "device", "forward_backward_s")  # fmt: skip
+         "variant", "stream", "heads", "pairs_per_s", "peak_gib", "ms", "tflops", "result", "failed", "device", "forward_backward_s")  # fmt: skip
 
 
 class Results:
