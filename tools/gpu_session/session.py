@@ -37,9 +37,9 @@ PACKAGES = ("torch", "triton", "transformers", "megatron-core", "nvidia-cudnn-fr
             "transformer-engine", "peft", "trl", "liger-kernel", "liger_kernel", "numpy")  # fmt: skip
 
 
-SHOWN = ("row", "section", "name", "model", "layer", "stream", "heads", "variant", "ended", "seconds", "error", "step_ms",
-         "tokens_per_s", "pairs_per_s", "peak_gib", "ms", "both_ms", "times_flash", "passed", "tflops", "result", "failed",
-         "device", "forward_backward_s")  # fmt: skip
+SHOWN = ("row", "section", "name", "model", "layer", "stream", "heads", "variant", "ended", "seconds", "error",
+         "step_ms", "tokens_per_s", "pairs_per_s", "peak_gib", "ms", "both_ms", "times_flash", "passed", "tflops",
+         "result", "failed", "device", "forward_backward_s")  # fmt: skip
 
 
 class Results:
