@@ -43,6 +43,7 @@ from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.folded_lora import folded_linear
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
+from megatron_medllm.models.materialize import Fill, materialize, parts_beside_layers
 from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
@@ -271,6 +272,7 @@ def add_adapters(
     tp_size: int,
     device: torch.device | None = None,
     products: Literal["auto", "folded", "separate"] = "auto",
+    fill: Fill | None = None,
 ) -> None:
     """Freeze the model and put an adapter on every target; call it once the base weights are loaded.
 
@@ -284,8 +286,10 @@ def add_adapters(
         seed: of A.
         tp_rank: this rank within its tensor-parallel group.
         tp_size: size of that group.
-        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere: a base that fits
-            there only in FP8 or NF4 is built and loaded on the CPU. Default: where it is.
+        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere. Default: where it
+            is.
+        fill: starting values of a model built on the meta device, because it fits `device` only in FP8 or NF4; each
+            layer is filled and quantized before the next.
         products: `kernels.lora`.
 
     Raises:
@@ -296,7 +300,11 @@ def add_adapters(
     for chunk in chunks:
         chunk.requires_grad_(False)
         target_device = device or next(chunk.parameters()).device
+        for part in parts_beside_layers(chunk) if fill is not None else []:
+            materialize(part, chunk, fill, device=target_device)
         for layer in chunk.decoder.layers:
+            if fill is not None:
+                materialize(layer, chunk, fill, device=target_device)
             for name, (parent_name, split) in LINEARS.items():
                 if name in config.targets or config.base != "bf16":
                     parent = getattr(layer, parent_name)

@@ -8,6 +8,7 @@ from a fused head instead of logits, which are never made.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class Qwen25Model(GPTModel):
         )
         self.shape = shape
         _mark_split_weights(self)
+
+    def _is_in_embd_group(self) -> bool:
+        """Whether upstream's constructor makes two stages' tied weights equal: not where they have no values yet."""
+        return torch.get_default_device().type != "meta" and super()._is_in_embd_group()
 
     def _preprocess(
         self,
@@ -142,7 +147,7 @@ def build_model(
     Args:
         model: what is built.
         layout: how it is spread.
-        device: where it is put.
+        device: where it is put; "meta": nowhere, to be given storage by `materialize`.
         fp8: recipe of the layers' products in full training (forward, d input and d weight); None: none in FP8.
         fp8_weights: pad the FFN for weights that will be held in FP8 (under an adapter); `fp8` implies it.
 
@@ -152,12 +157,13 @@ def build_model(
     """
     shape = model.resolve_shape()
     config = transformer_config(shape, layout, model, fp8=fp8, fp8_weights=fp8_weights)
-    config.use_cpu_initialization = device.type == "cpu"
+    config.use_cpu_initialization = device.type != "cuda"
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
-    chunks: list[nn.Module] = [
-        Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
-        for stage in stages
-    ]
+    with device if device.type == "meta" else nullcontext():
+        chunks: list[nn.Module] = [
+            Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
+            for stage in stages
+        ]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
 
