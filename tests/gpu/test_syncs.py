@@ -28,8 +28,9 @@ BF16 = {
     "init_std": 0.05,
 }
 AT_MOST = 8  # 5 are known; the rest is for what another version of torch or Megatron-Core may add once a step
-LEAN = {"copies": "ahead", "optimizer": "foreach"}
-AS_BEFORE = {"copies": "blocking", "optimizer": "megatron"}
+# cuDNN builds plans for streams that it has not met, in any step.
+LEAN = {"copies": "ahead", "optimizer": "foreach", "attention": "flash"}
+AS_BEFORE = {"copies": "blocking", "optimizer": "megatron", "attention": "flash"}
 
 
 def waits(take: Callable[[int], Any], step: int) -> tuple[Counter[str], int]:
