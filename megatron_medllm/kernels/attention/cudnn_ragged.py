@@ -271,17 +271,20 @@ class _Parts:
             **where,
         )
         self.offsets = {
-            name: self._table(f"offsets_{name}", key.sequences + 1, kinds.INT64)
-            for name in ("q", "k", "v", "o", "stats")
+            name: self._table(f"offsets_{name}", key.sequences + 1, kinds.INT64) for name in ("q", "k", "v", "o", "stats")
         }
 
     def _table(self, name: str, count: int, kind: Any) -> Any:
-        return self.graph.tensor(name=name, uid=_UIDS[name], dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
+        return self.graph.tensor(
+            name=name, uid=_UIDS[name], dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind
+        )
 
     def tensor(self, name: str, which: str, offsets: str, data_type: Any = None) -> Any:
         """A ragged input: of a shape of `PlanKey.shape`, its sequences at the named offsets."""
         dims, strides = self.key.shape(which)
-        tensor = self.graph.tensor(name=name, uid=_UIDS[name], dim=dims, stride=strides, data_type=data_type or self.io)
+        tensor = self.graph.tensor(
+            name=name, uid=_UIDS[name], dim=dims, stride=strides, data_type=data_type or self.io
+        )
         tensor.set_ragged_offset(self.offsets[offsets])
         return tensor
 
