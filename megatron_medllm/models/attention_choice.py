@@ -63,7 +63,13 @@ def ragged_cudnn(
     if name not in packed.tables:
         layout = packed.ragged_layout()
         packed.tables[name] = RaggedBatch.build(
-            layout.lengths_q, layout.lengths_kv, heads=heads, width=width, device=query.device, kv_rows=layout.kv_rows
+            layout.lengths_q,
+            layout.lengths_kv,
+            heads=heads,
+            width=width,
+            device=query.device,
+            kv_rows=layout.kv_rows,
+            ahead=packed.ahead,
         )
     batch: RaggedBatch = packed.tables[name]
     found = plans.get(plan_key(batch, heads=heads, width=width, dtype=query.dtype, scale=scale), query.device)

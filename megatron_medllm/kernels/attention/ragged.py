@@ -77,6 +77,7 @@ class RaggedBatch:
         width: int,
         device: torch.device,
         kv_rows: Sequence[int] | None = None,
+        ahead: bool = False,
     ) -> "RaggedBatch":
         """Put the tables of a stream on the device, in one copy.
 
@@ -87,6 +88,7 @@ class RaggedBatch:
             width: hn.
             device: where to.
             kv_rows: rows of the stream that are the sequences' keys; None: they are all of it, in order.
+            ahead: queue the copies, and do not wait for the device.
 
         Raises:
             ValueError: an empty sequence (cuDNN below 9.25 makes NaN of it), fewer keys than queries (the mask is
@@ -107,7 +109,9 @@ class RaggedBatch:
         ):
             table[row, : count + 1] = torch.tensor([stride * at for at in accumulate(lengths, initial=0)])
         table[3, :count], table[4, :count] = torch.tensor(lengths_q), torch.tensor(lengths_kv)
-        table = table.to(device)
+        pinned = ahead and device.type == "cuda"
+        table = (table.pin_memory() if pinned else table).to(device, non_blocking=pinned)
+        rows = None if kv_rows is None else torch.tensor(kv_rows, pin_memory=pinned).to(device, non_blocking=pinned)
         lengths_of = table[3:].to(torch.int32)
         return cls(
             sequences=count,
@@ -120,7 +124,7 @@ class RaggedBatch:
             offsets_q=table[0, : count + 1],
             offsets_kv=table[1, : count + 1],
             offsets_stats=table[2, : count + 1],
-            kv_rows=None if kv_rows is None else torch.tensor(kv_rows, device=device),
+            kv_rows=rows,
             bottom_right=list(lengths_q) != list(lengths_kv),
         )
 
