@@ -6,7 +6,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.planner.flops import attention_flops_per_token
 from megatron_medllm.planner.hardware import Hardware
 from megatron_medllm.planner.memory import optimizer_bytes, trainable_buffers
-from megatron_medllm.planner.parameters import chunk_layers
+from megatron_medllm.planner.parameters import PlannedWeight, chunk_layers, layer_weights
 from megatron_medllm.planner.schedule import PipelineTrace, simulate
 from megatron_medllm.planner.workload import Workload
 
@@ -60,13 +60,23 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
     if workload.mode == "qlora":  # every use reads 4 bits, writes bf16, and the product reads it again
         traffic += parameters * (0.5 + 2 * e)
     memory = traffic / (hardware.memory_bandwidth * hardware.efficiency_memory)
+    adapter = [
+        tokens * moved / (hardware.memory_bandwidth * hardware.efficiency_memory)
+        for moved in adapter_bytes_per_token(workload)
+    ]
     tensor_parallel = tensor_parallel_time(workload, hardware)
     # K and V of the other ranks are gathered before attention begins, and their gradients go back after it.
     others = 2 * tokens * kv * e / layout.tp * (layout.cp - 1)
     context_parallel = others / link_bandwidth(hardware, layout.tp * layout.cp) if layout.cp > 1 else 0.0
-    forward = PassTime(gemm, attention, memory, tensor_parallel, context_parallel)
+    forward = PassTime(gemm, attention, memory + adapter[0], tensor_parallel, context_parallel)
     products = 1.0 if workload.frozen_base else 2.0
-    backward = PassTime(products * gemm, ATTENTION_BACKWARD * attention, 2 * memory, tensor_parallel, context_parallel)
+    backward = PassTime(
+        products * gemm,
+        ATTENTION_BACKWARD * attention,
+        2 * memory + adapter[1],
+        tensor_parallel,
+        context_parallel,
+    )
     if layout.recompute == "full":
         backward = backward + forward
     elif layout.recompute == "selective":
@@ -101,6 +111,22 @@ def elementwise_bytes_per_token(workload: Workload) -> float:
     return moved
 
 
+def adapter_bytes_per_token(workload: Workload) -> tuple[float, float]:
+    """HBM traffic of a layer's low-rank products, forward and backward, per token on one rank: memory bounds them.
+
+    k inputs and n outputs: forward reads x once and reads and writes y once more; backward reads dy twice (for B and
+    for x A^T), x once, and reads and writes dx once more. What is r wide is left out.
+    """
+    e = workload.compute_bytes
+    k = sum(half.columns for half in _adapter_halves(workload, "lora_a"))
+    n = sum(half.rows for half in _adapter_halves(workload, "lora_b"))
+    return (k + 2 * n) * e, (2 * n + 3 * k) * e
+
+
+def _adapter_halves(workload: Workload, name: str) -> list[PlannedWeight]:
+    return [weight for weight in layer_weights(workload, 0) if weight.name.endswith(name)]
+
+
 def link_bandwidth(hardware: Hardware, group_size: int) -> float:
     """Bytes/s of a collective over `group_size` neighbouring GPUs: the slowest link it crosses."""
     inside = group_size <= hardware.gpus_per_node
@@ -108,14 +134,20 @@ def link_bandwidth(hardware: Hardware, group_size: int) -> float:
 
 
 def tensor_parallel_time(workload: Workload, hardware: Hardware) -> float:
-    """Exposed seconds of a layer's two all-gather and reduce-scatter pairs (or all-reduces: the same bytes)."""
+    """Exposed seconds of a layer's two all-gather and reduce-scatter pairs (or all-reduces: the same bytes).
+
+    An adapter adds one collective, r wide, for each linear: nothing overlaps it, and its latency is what it costs.
+    Without sequence parallelism row layers need theirs in the forward pass only and column layers in the backward one.
+    """
     tp = workload.layout.tp
     if tp == 1:
         return 0.0
-    tensor = workload.local_tokens * workload.shape.hidden_size * workload.compute_bytes
-    one_way = tensor * (tp - 1) / tp / link_bandwidth(hardware, tp)
+    a_value_a_token = workload.local_tokens * workload.compute_bytes * (tp - 1) / tp / link_bandwidth(hardware, tp)
     overlap = hardware.overlap_tensor_parallel if workload.layout.sp else 0.0
-    return 4 * (one_way * (1 - overlap) + hardware.collective_latency_s)
+    base = 4 * (workload.shape.hidden_size * a_value_a_token * (1 - overlap) + hardware.collective_latency_s)
+    adapters = len(_adapter_halves(workload, "lora_a"))
+    narrow = workload.lora_rank * a_value_a_token + hardware.collective_latency_s
+    return base + narrow * (adapters if workload.layout.sp else adapters / 2)
 
 
 def head_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTime]:

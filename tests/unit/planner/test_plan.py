@@ -1,5 +1,6 @@
 """Whole plans: the paper's hardware, what does not fit, the search, failures, hardware files."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_medllm.planner.plan import require_fit
 from megatron_medllm.planner.reliability import daly_interval, expected_efficiency, young_interval
 from megatron_medllm.planner.report import scale_report
 from megatron_medllm.planner.scale import doublings, scaling_curve
+from megatron_medllm.planner.step_time import adapter_bytes_per_token, tensor_parallel_time
 from megatron_medllm.planner.workload import Mode
 
 GIB = 2**30
@@ -152,3 +154,22 @@ def test_block_scaled_fp8_saves_memory_not_time() -> None:
     fp8, bf16 = lora("fp8-lora"), lora("lora")
     assert fp8.fits and not bf16.fits  # 72B on one H200
     assert fp8.tokens_per_s_per_gpu < bf16.tokens_per_s_per_gpu
+
+
+def test_low_rank_products_cost_what_they_read_and_write() -> None:
+    """7B: k is 3 x 3,584 + 18,944 and n 4,608 + 3,584 + 37,888 + 3,584 over the four linears, in bf16."""
+    whole = Workload(shape=SIZES["7b"], layout=LayoutConfig(), mode="lora")
+    k, n = 29_696, 49_664
+    assert adapter_bytes_per_token(whole) == (2 * (k + 2 * n), 2 * (2 * n + 3 * k))
+    assert adapter_bytes_per_token(dataclasses.replace(whole, lora_targets=("linear_proj",))) == (21_504, 35_840)
+    assert adapter_bytes_per_token(dataclasses.replace(whole, mode="full")) == (0, 0)
+
+
+def test_every_adapter_adds_a_collective_that_nothing_hides() -> None:
+    hardware = load_hardware("h100-sxm")
+    layout = LayoutConfig(gpus_per_node=2, tp=2, sp=True)
+    lora = Workload(shape=SIZES["7b"], layout=layout, mode="lora")
+    narrow = 16 * 4096 * 2 / 2 / (450e9 * 0.8) + 20e-6
+    full = dataclasses.replace(lora, mode="full")
+    added = tensor_parallel_time(lora, hardware) - tensor_parallel_time(full, hardware)
+    assert added == pytest.approx(4 * narrow)
