@@ -231,7 +231,7 @@ def require_same_optimizer(optimizer: MegatronOptimizer, directory: Path) -> Non
     Raises:
         UserError: says which it was, and what to do.
     """
-    leaves = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    leaves = list(foreach.leaves(optimizer))
     here = any(isinstance(leaf, DistributedOptimizer) for leaf in leaves)
     common = dist_checkpointing.load_common_state_dict(str(directory))["optimizer"]
     stored = "param_state_sharding_type" in common  # upstream's word for how the distributed one divided its state
