@@ -128,7 +128,5 @@ def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, t, hn]
     backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]
     with sdpa_kernel(backends):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
