@@ -204,7 +204,7 @@ def array_id() -> str | None:
 
 
 def scontrol_id() -> str:
-    """This job as scontrol takes it: an array's last task has the array's own id, which there means all of its tasks."""
+    """This job as scontrol takes it: the last task's own id is the array's too, and there means all of its tasks."""
     array, task = array_id(), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else job_id()
 

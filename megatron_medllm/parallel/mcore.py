@@ -24,6 +24,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -222,6 +223,24 @@ def written_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this process will write; replicas count once over all processes."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
     return sum(entry.data.nbytes for entry in tensors if is_written_here(entry))
+
+
+def require_same_optimizer(optimizer: MegatronOptimizer, directory: Path) -> None:
+    """Refuse a checkpoint of the other optimizer, distributed or not: each stores what the other does not read.
+
+    Raises:
+        UserError: says which it was, and what to do.
+    """
+    leaves = list(foreach.leaves(optimizer))
+    here = any(isinstance(leaf, DistributedOptimizer) for leaf in leaves)
+    common = dist_checkpointing.load_common_state_dict(str(directory))["optimizer"]
+    stored = "param_state_sharding_type" in common  # upstream's word for how the distributed one divided its state
+    if len(leaves) == 1 and stored != here:
+        raise UserError(
+            f"{directory}: saved {'with' if stored else 'without'} the distributed optimizer, here it is "
+            f"{'on' if here else 'off'}: resume with layout.distributed_optimizer={str(stored).lower()}, "
+            "or begin a new run from its weights (medllm export, then model.path)"
+        )
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_an_earlier_starts_verdict_is_not_this_ones(run: Path) -> None:
 
 @pytest.mark.parametrize("task", [None, "2"])
 def test_an_arrays_task_is_requeued_alone(run: Path, monkeypatch: pytest.MonkeyPatch, task: str | None) -> None:
-    """The last task has the array's own id: named by that, all tasks would be requeued, running and finished ones too."""
+    """The last task has the array's own id: named by that, all tasks would be requeued, finished ones too."""
     told = run / "told"
     (run / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$*" >>{told}\n')
     if task is not None:
