@@ -1,7 +1,8 @@
 """An MLP that keeps gate and up for the backward pass, and not what SwiGLU makes of them.
 
-The layer behind keeps its input for a weight's gradient, LoRA's A among them. That input is a cheap function of gate and
-up, which are kept anyway: its storage is given back after the forward pass and filled again when the gradient arrives.
+The layer behind keeps its input for a weight's gradient, LoRA's A among them. That input is a cheap function of gate
+and up, which are kept anyway: its storage is given back after the forward pass and filled again when the gradient
+arrives.
 """
 
 from collections.abc import Callable

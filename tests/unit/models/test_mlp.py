@@ -98,5 +98,5 @@ def test_not_under_transformer_engine():
 
     layout = LayoutConfig(recompute="swiglu")
     config = transformer_config(SHAPE, layout, ModelConfig(shape=SHAPE))
-    with pytest.raises(UserError, match="needs model.backend=torch"):
+    with pytest.raises(UserError, match=r"needs model\.backend=torch"):
         block_spec(config, "te", None, recompute_swiglu=True)
