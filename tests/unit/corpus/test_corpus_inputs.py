@@ -372,7 +372,9 @@ def test_a_parquet_file_with_a_damaged_column_name_is_named(tmp_path, build_one)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}]), tmp_path / "a.parquet")
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data.replace(b"text", b"t\x80xt"))
-    with pytest.raises(UserError, match=r"broken Parquet: 1, first .*a\.parquet:1: broken Parquet: 'utf-8' codec can't decode"):
+    with pytest.raises(
+        UserError, match=r"broken Parquet: 1, first .*a\.parquet:1: broken Parquet: 'utf-8' codec can't decode"
+    ):
         build_one(tmp_path / "a.parquet")
 
 
