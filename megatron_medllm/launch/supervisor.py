@@ -156,9 +156,11 @@ def verdicts(run: pathlib.Path, spec: Row) -> Row:
 
 
 def newest_step(run: pathlib.Path, spec: Row) -> int:
-    """Step of the newest complete checkpoint, -1 without one; for an engine's work, how many answers are kept."""
+    """Step of the newest whole checkpoint, -1 without one; elsewhere how many answers or parts of a corpus are kept."""
     if spec.get("answers"):
         return sum(path.read_bytes().count(b"\n") for path in (run / spec["answers"]).glob("*answers*.jsonl"))
+    if spec.get("parts"):
+        return len(list((run / spec["parts"]).glob("[0-9]*.json")))
     if not spec.get("checkpoints"):
         return -1
     names = [path.name for path in (run / spec["checkpoints"]).glob("step-*")]
