@@ -165,8 +165,13 @@ class PackedSequences(PackedSeqParams):
             raise ValueError("a ragged layout is of a whole stream")
         if self._layout is None:
             (pieces,) = cut_into_pieces(self.segments, self.split)
-            self._layout = _ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
+            self.set_ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
+        assert self._layout is not None
         return self._layout
+
+    def set_ragged_layout(self, pieces: list[SegmentPiece]) -> None:
+        """Decide which pieces `ragged_layout` is of."""
+        self._layout = _ragged_layout(pieces)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class RaggedLayout:
 
     lengths_q: tuple[int, ...]
     lengths_kv: tuple[int, ...]
-    kv_rows: list[int] | None  # rows of the stream that are the keys; None: all of it, in order
+    kv_rows: np.ndarray | None  # int64, rows of the stream that are the keys; None: all of it, in order
 
 
 def sequences_to_use(count: int) -> int:
@@ -222,11 +227,11 @@ def _without_last(piece: SegmentPiece, end: int) -> tuple[tuple[int, int], ...]:
 
 def _ragged_layout(pieces: list[SegmentPiece]) -> RaggedLayout:
     ranges = [keys for piece in pieces for keys in piece.keys]
-    as_they_stand = all(before[1] == after[0] for before, after in pairwise(ranges))
+    rows = _kv_rows(ranges)
     return RaggedLayout(
         lengths_q=tuple(piece.end - piece.start for piece in pieces),
         lengths_kv=tuple(piece.length for piece in pieces),
-        kv_rows=None if as_they_stand else [row for start, end in ranges for row in range(start, end)],
+        kv_rows=None if isinstance(rows, slice) else rows,
     )
 
 
