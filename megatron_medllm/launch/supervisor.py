@@ -103,6 +103,8 @@ def verdict_of_nodes(exit_code: int, statuses: list[int], requeue_exit_code: int
         return USER_ERROR_EXIT_CODE
     interrupted = (0, requeue_exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
     real = [status for status in statuses if status not in interrupted]
+    if exit_code == 128 + signal.SIGUSR1:  # Slurm's, to a node that did not listen yet
+        exit_code = requeue_exit_code
     return max(real) if real and exit_code == requeue_exit_code else exit_code
 
 
