@@ -39,6 +39,8 @@ def build_chunks(
         fill_parameters(chunks, fill)
     if adapter is not None:
         _add_adapter(chunks, run, runtime, adapter, fill=fill if in_parts else None)
+    if in_parts and runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the layers' unquantized numbers took
     choose_attention(chunks, run.kernels.attention, runtime.device)
     return chunks
 

@@ -78,6 +78,7 @@ ROWS: dict[str, Row] = {
     "rpo-8k all off": rpo(8192, switches=OFF),
     "rpo-2k": rpo(2048),
     "rpo-2k-fp8": rpo(2048, "rpo.adapter.base=fp8"),
+    "rpo-2k swiglu": rpo(2048, "layout.recompute=swiglu"),
     "lora-4k attention=flash": lora(4, 4096, switches={"attention": "flash"}),
     "lora-4k lora=separate": lora(4, 4096, switches={"lora": "separate"}),
     "lora-4k optimizer=megatron": lora(4, 4096, switches={"optimizer": "megatron"}),

@@ -13,6 +13,7 @@ BESIDE = (
     ("rpo-4k", "dpo precomputed", "pairs_per_s"),
     ("rpo-2k", "dpo precomputed", "pairs_per_s"),
     ("rpo-2k-fp8", "dpo precomputed", "pairs_per_s"),
+    ("rpo-2k swiglu", "dpo precomputed", "pairs_per_s"),
 )
 KINDS = ("matrix products", "attention", "element-wise and reductions", "copies and fills")
 TRAINING, PEERS = ("train", "full", "72b"), ("peers", "dpo")

@@ -189,18 +189,18 @@ def _execute(graph: Any, tensors: dict[str, Tensor], batch: RaggedBatch, workspa
     device = tensors["q"].device
     workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8, device=device)
     pointers = {_UIDS[name]: x.data_ptr() for name, x in (tensors | tables).items()}
-    handle = _handle(device)
-    cudnn.set_stream(handle=handle, stream=_stream(device))
+    handle = device_handle(device)
+    cudnn.set_stream(handle=handle, stream=current_stream(device))
     graph.execute(pointers, workspace.data_ptr(), handle=handle)
 
 
-def _stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
     """torch's current stream, as CUDA's own pointer."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 @lru_cache
-def _handle(device: torch.device) -> Any:
+def device_handle(device: torch.device) -> Any:
     """cuDNN's handle, one a device."""
     import cudnn
 
@@ -215,7 +215,7 @@ def build_plans(key: PlanKey, device: torch.device) -> Plans:
         RuntimeError: cuDNN has no kernel for it, or failed.
     """
     start = time.perf_counter()
-    handle = _handle(device)
+    handle = device_handle(device)
     with torch.cuda.device(device):
         graphs = [make(key, handle=handle) for make in (forward_graph, backward_graph)]
         for graph in graphs:

@@ -43,11 +43,11 @@ MANY = (
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU that passes for a Hopper GPU with cuDNN's front end."""
     monkeypatch.setitem(sys.modules, "cudnn", front_end())
-    monkeypatch.setattr(cudnn_ragged, "_stream", lambda device: 0)
+    monkeypatch.setattr(cudnn_ragged, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    cudnn_ragged._handle.cache_clear()
+    cudnn_ragged.device_handle.cache_clear()
     yield
-    cudnn_ragged._handle.cache_clear()
+    cudnn_ragged.device_handle.cache_clear()
 
 
 def pack(segments: tuple[Segment, ...]) -> PackedSequences:
