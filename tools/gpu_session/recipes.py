@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 ON: dict[str, str] = {}  # every switch at auto: what a user gets
-OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking"}
+OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking",
+       "swiglu": "megatron"}  # fmt: skip
 PAIRS = {"prompt_length": 300, "response_length": 300}
 WHOLE = {"document_length": 65536}  # longer than any row: attention over all of it
 TINY_SHAPE = (
@@ -83,6 +84,7 @@ ROWS: dict[str, Row] = {
     "lora-4k lora=separate": lora(4, 4096, switches={"lora": "separate"}),
     "lora-4k optimizer=megatron": lora(4, 4096, switches={"optimizer": "megatron"}),
     "lora-4k copies=blocking": lora(4, 4096, switches={"copies": "blocking"}),
+    "lora-4k swiglu=megatron": lora(4, 4096, switches={"swiglu": "megatron"}),
     "rpo-4k": rpo(4096),
     "lora-8k": lora(2, 8192),
 }
