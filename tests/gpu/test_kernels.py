@@ -108,7 +108,7 @@ def test_swiglu_equals_its_twin(tokens, width, dtype):
     y = swiglu(x)
     y.backward(dy)
     rows = x.detach()[:, 0].cpu()
-    limit = 1e-6 if dtype == torch.float32 else 2e-3
+    limit = 5e-6 if dtype == torch.float32 else 2e-3
     assert relative_error(y.detach()[:, 0].cpu(), swiglu_torch.forward(rows)) < limit
     assert relative_error(x.grad[:, 0].cpu(), swiglu_torch.backward(rows, dy[:, 0].cpu())) < limit
 

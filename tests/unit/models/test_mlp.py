@@ -109,7 +109,7 @@ def test_not_under_transformer_engine():
 @pytest.mark.parametrize("recompute", ["none", "swiglu"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_our_swiglu_trains_like_megatrons(case: dict[str, Any], recompute: str):
-    """The plain twin stands in for the kernels. In fp32 both differ by rounding; FP8 casts turn some of that into steps."""
+    """The plain twin stands in for the kernels. In fp32 both differ by rounding, of which FP8 casts make steps."""
     expected, held_by_theirs = gradients(build(recompute, **case))
     model = build(recompute, **case)
     use_own_swiglu([layer.mlp for layer in model.decoder.layers])
