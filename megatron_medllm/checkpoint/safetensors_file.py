@@ -9,7 +9,8 @@ and several processes can fill one file, each at its own place.
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def open_descriptor(path: Path) -> Iterator[int]:
+    """A file open for `read_slice`.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def read_slice(fd: int, entry: Entry, *, axis: int, start: int, stop: int) -> torch.Tensor:
