@@ -145,12 +145,21 @@ def _read_fully(fd: int, into: memoryview, offset: int) -> None:
 
 def digest_entry(path: Path, entry: Entry) -> str:
     """SHA-256 of one tensor's bytes, in hex."""
+    return digest_part(path, entry.offset, entry.size)
+
+
+def digest_part(path: Path, offset: int, size: int) -> str:
+    """SHA-256 of `size` bytes of a file from byte `offset` on, in hex.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
     digest = hashlib.sha256()
-    block = memoryview(bytearray(min(entry.size, _BLOCK_BYTES)))
+    block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
     with open(path, "rb") as stream:
-        for start in range(0, entry.size, _BLOCK_BYTES):
-            part = block[: min(_BLOCK_BYTES, entry.size - start)]
-            _read_fully(stream.fileno(), part, entry.offset + start)
+        for start in range(0, size, _BLOCK_BYTES):
+            part = block[: min(_BLOCK_BYTES, size - start)]
+            _read_fully(stream.fileno(), part, offset + start)
             digest.update(part)
     return digest.hexdigest()
 

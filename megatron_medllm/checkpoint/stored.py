@@ -89,6 +89,7 @@ class MegatronTensors(Protocol):
     """The tensors of a Megatron checkpoint of any format."""
 
     directory: Path
+    names: tuple[str, ...]  # of all tensors of the model, without prefix; stacked layers have no number
 
     def find(self, mcore: str) -> StoredWeight | None:
         """The weight of this name (Transformer Engine's, layers numbered over the whole model), if it is stored.

@@ -35,7 +35,8 @@ def export(
     if peft:
         from megatron_medllm.checkpoint.peft_adapter import export_peft
 
-        export_peft(checkpoint, hf_dir, base_model=None if base is None else str(base), dtype=_dtype(dtype))
+        base_model = None if base is None else str(base)
+        export_peft(checkpoint, hf_dir, base_model=base_model, source_dir=source, dtype=_dtype(dtype))
         return
     from megatron_medllm.checkpoint.convert import export_checkpoint, newest_checkpoint
 
