@@ -45,11 +45,12 @@ class ProcessId:
             pass
         return not (self.started and _started(self.pid) != self.started)
 
-    def signal(self, number: int) -> None:
-        """Send a signal, unless it is gone or another host's."""
+    def signal(self, number: int, *, group: bool = False) -> None:
+        """Send a signal, unless it is gone or another host's; with `group` to all of its group, if it leads one."""
         if self.is_here and self.lives():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                leads = os.getpgid(self.pid) == self.pid
+                (os.killpg if group and leads else os.kill)(self.pid, number)
 
 
 def host_name() -> str:

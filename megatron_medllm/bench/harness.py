@@ -29,7 +29,7 @@ from megatron_medllm.train.throughput import hardware_of_device, peak_flops, pea
 class BenchSettings:
     """`output` is a directory; `synthetic` makes up data and weights; `hardware` names the peak for MFU.
 
-    `profile` adds a step behind the window, and where its time went as OUTPUT/profile.md.
+    `profile` adds a step behind the window, and where its time went as OUTPUT/profile.md and .json.
     """
 
     output: Path
@@ -79,6 +79,7 @@ def measured_window(step: Callable[[int], Measured], settings: BenchSettings, de
     if settings.profile:
         profiled = profile_step(lambda: step(end))
         if not dist.is_initialized() or dist.get_rank() == 0:
+            write_json(settings.output / "profile.json", profiled)
             with atomic_write(settings.output / "profile.md") as stream:
                 stream.write((profile_report(profiled) + "\n").encode())
     return rows

@@ -7,6 +7,7 @@ are known before there are hundreds. Communication takes no time here, and waiti
 
 import gc
 import statistics
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ from megatron_medllm.models.qwen25 import unwrap
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.parallel.staging import runs_ahead
 from megatron_medllm.planner.from_config import workload_of
+from megatron_medllm.planner.hardware import load_hardware
 from megatron_medllm.planner.memory import optimizer_bytes, stage_memory, weight_bytes
+from megatron_medllm.planner.parameters import chunk_layers
+from megatron_medllm.planner.step_time import PassTime, head_time, layer_time
 from megatron_medllm.storage import atomic_write, write_json
 from megatron_medllm.train.cpt_step import CptStep
 from megatron_medllm.train.model import build_chunks, resolve_adapter
 from megatron_medllm.train.one_step import forward_backward
-from megatron_medllm.train.throughput import StepClock, peak_memory_bytes
+from megatron_medllm.train.throughput import StepClock, hardware_of_device, peak_memory_bytes
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class _RandomRows(CptStep):
 
     def __init__(self, run: RunConfig, config: CptConfig, ranks: Runtime) -> None:
         self._config, self._runtime, self._backend = config, ranks, run.model.backend
+        self._ahead = runs_ahead(run.kernels.copies, ranks.device)
         ranks.layout.check_stream(self.stream_length)
         self._vocab_size = run.model.resolve_shape().vocab_size
 
@@ -79,9 +85,11 @@ def measure_rank(run: RunConfig, settings: RankSettings) -> Path:
     run = run.model_copy(update={"model": random_weights})
     ranks = runtime.start(run.layout, seed=run.seed, alone_as=settings.rank)
     try:
+        started = time.monotonic()
         chunks, optimizer = build_rank(run, config, ranks)
         try:
-            result = _measure(run, config, ranks, chunks, optimizer, settings)
+            built_s = time.monotonic() - started
+            result = _measure(run, config, ranks, chunks, optimizer, settings) | {"build_s": built_s}
         finally:
             mcore.release(chunks)
     finally:
@@ -100,7 +108,8 @@ def build_rank(run: RunConfig, config: CptConfig, ranks: Runtime) -> tuple[list[
     chunks = build_chunks(run, ranks, adapter=adapter, fp8=config.fp8_gemms)
     mcore_config = unwrap(chunks[0]).config
     chunks = mcore.wrap_ddp(chunks, mcore_config, run.layout)
-    return chunks, mcore.build_optimizer(chunks, mcore_config, config.optimizer, run.layout)
+    optimizer = mcore.build_optimizer(chunks, mcore_config, config.optimizer, run.layout, helpers=run.kernels.optimizer)
+    return chunks, optimizer
 
 
 def held_bytes(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> dict[str, int]:
@@ -150,11 +159,13 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(ranks.device)
     clocks = [_step(rows, chunks, optimizer, batch, config) for _ in range(settings.warmup_steps + settings.steps)]
     timed = clocks[settings.warmup_steps :]
+    hardware = hardware_of_device(ranks.device)
+    planned_s = None if hardware is None else planned_compute_s(run, hardware, ranks.pp_rank, micro_batches=len(batch))
     embeddings = [
         p for c in chunks for name, p in c.named_parameters() if "embedding" in name or "output_layer" in name
     ]
     workload = workload_of(run)
-    stage = stage_memory(workload, stage=ranks.pp_rank)
+    stage = stage_memory(workload, stage=ranks.pp_rank, on_cpu=ranks.device.type == "cpu")
     return {
         "bench": "rank",
         "rank": ranks.rank,
@@ -171,10 +182,22 @@ def _measure(
         "embedding_and_head_bytes": sum(p.nbytes for p in embeddings),
         "peak_memory_bytes": peak_memory_bytes(ranks.device),
         "planned_memory_parts": stage.parts,
+        "planned_peak_bytes": stage.total_bytes,
+        "planned_forward_backward_s": planned_s,
         "forward_backward_s": statistics.median(clock.parts["forward_backward"] for clock in timed),
         "optimizer_s": statistics.median(clock.parts["optimizer"] for clock in timed),
         "environment": environment_facts(ranks.device),
     }
+
+
+def planned_compute_s(run: RunConfig, hardware: str, stage: int, *, micro_batches: int) -> float:
+    """Seconds that the planner gives a stage's own work on so many micro-batches: no exchange, no waiting."""
+    workload, machine = workload_of(run), load_hardware(hardware)
+    layers = sum(chunk_layers(run.layout, workload.shape.num_layers)[stage])
+    work = sum(layer_time(workload, machine), PassTime()).times(layers)
+    if stage == run.layout.pp - 1:
+        work = sum(head_time(workload, machine), work)
+    return micro_batches * (work.gemm + work.attention + work.memory)
 
 
 def _micro_batches(config: CptConfig, ranks: Runtime, settings: RankSettings) -> int:
@@ -193,8 +216,26 @@ def _step(
     with clock.part("forward_backward"):
         forward_backward(rows.forward, chunks, optimizer, batch, stream_length=rows.stream_length)
     with clock.part("optimizer"):
-        mcore.clip_and_step(optimizer, clip_grad=config.optimizer.clip_grad)
+        updated, norm = mcore.clip_and_step(optimizer, clip_grad=config.optimizer.clip_grad)
+    if not updated:  # its time and memory would be missing
+        raise UserError(f"the optimizer's step was not taken: the gradient norm is {norm}")
     return clock
+
+
+def rank_line(result: dict[str, Any]) -> str:
+    """Peak memory and computing time beside the plan, in one line."""
+    peak, planned_peak = result["peak_memory_bytes"], result["planned_peak_bytes"]
+    took, planned = result["forward_backward_s"], result["planned_forward_backward_s"]
+    beside = "no plan for this device" if planned is None else f"planned {planned:.3f}, {_percent(took, planned)}"
+    return (
+        f"rank {result['rank']}: peak {peak / _GIB:.2f} GiB (planned {planned_peak / _GIB:.2f}, "
+        f"{_percent(peak, planned_peak)}); forward and backward {took:.3f} s ({beside}); "
+        f"optimizer {1e3 * result['optimizer_s']:.1f} ms; built in {result['build_s']:.1f} s"
+    )
+
+
+def _percent(found: float, planned: float) -> str:
+    return f"{100 * (found / planned - 1):+.1f} %"
 
 
 def rank_report(result: dict[str, Any]) -> str:
@@ -220,5 +261,7 @@ def rank_report(result: dict[str, Any]) -> str:
             f"{result['micro_batches']} micro-batches of {result['micro_batch_size']} x {result['sequence_length']} "
             f"tokens, median of {result['steps']} steps: forward and backward {result['forward_backward_s']:.3f} s, "
             f"optimizer {result['optimizer_s']:.3f} s. Communication takes no time here.",
+            "",
+            rank_line(result),
         ]
     )

@@ -67,6 +67,7 @@ def _documents(
         "epochs": None,
         "loss_after": (),
         "batch_ramp_steps": 0,
+        "validate_every_steps": 0,  # nothing is held out
     }
 
 

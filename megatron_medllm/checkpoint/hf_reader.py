@@ -9,10 +9,10 @@ from torch import nn
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.names import weight_of_parameter
 from megatron_medllm.config.model import ModelShape
-from megatron_medllm.models.qwen25 import global_parameters, unwrap
+from megatron_medllm.models.materialize import Fill, fill_parameters
+from megatron_medllm.models.qwen25 import Qwen25Model
 
 
-@torch.no_grad()
 def load_hf_weights(
     model_chunks: list[nn.Module], hf_dir: Path, shape: ModelShape, *, tp_rank: int, tp_size: int
 ) -> None:
@@ -32,13 +32,24 @@ def load_hf_weights(
     Raises:
         UserError: the directory does not hold exactly this model's tensors (names the file and the tensor).
     """
+    dtype = next(model_chunks[0].parameters()).dtype
+    fill_parameters(model_chunks, hf_values(hf_dir, shape, dtype=dtype, tp_rank=tp_rank, tp_size=tp_size))
+
+
+def hf_values(hf_dir: Path, shape: ModelShape, *, dtype: torch.dtype, tp_rank: int, tp_size: int) -> Fill:
+    """Fills one parameter, of type `dtype`; the other arguments and errors are as in `load_hf_weights`.
+
+    Of the file only the parameter's slice is read, so no more than that is in memory at once.
+    """
     weights = HFWeights(hf_dir, shape)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        weights.tell_rounding(next(model_chunks[0].parameters()).dtype)
-    for chunk in model_chunks:
-        for name, parameter in global_parameters(unwrap(chunk)):
-            weight = weight_of_parameter(name, shape)
-            if weight is None:
-                raise ValueError(f"{name} is no part of an HF model; load the weights before adding adapters")
-            local_size = parameter.shape[weight.axis or 0]
-            parameter.copy_(weights.read_local(weight, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size))
+        weights.tell_rounding(dtype)
+
+    def fill(chunk: Qwen25Model, name: str, parameter: nn.Parameter) -> None:
+        weight = weight_of_parameter(name, shape)
+        if weight is None:
+            raise ValueError(f"{name} is no part of an HF model; load the weights before adding adapters")
+        local_size = parameter.shape[weight.axis or 0]
+        parameter.copy_(weights.read_local(weight, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size))
+
+    return fill

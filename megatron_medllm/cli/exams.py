@@ -7,16 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megatron_medllm.cli.options import (
-    Config,
-    MergeOption,
-    Overrides,
-    ShardOption,
-    load_recipe,
-    print_text,
-    shard_line,
-    shard_of,
-)
+from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
+from megatron_medllm.cli.shards import MergeOption, Part, ShardOption
 from megatron_medllm.errors import UserError
 
 
@@ -41,23 +33,23 @@ def eval_run(
     config: Config, overrides: Overrides = None, shard: ShardOption = None, merge: MergeOption = False
 ) -> None:
     """Examine model.path in the recipe's modes. Exit status 1: a requirement is not met."""
-    part = shard_of(shard, merge=merge)
+    part = Part.of(shard, merge=merge)
     run = load_recipe(config, overrides)
     if run.eval is None or run.model.path is None:
         raise UserError(f"{config}: medllm eval needs the section 'eval' and model.path")
     from megatron_medllm.account import Account
     from megatron_medllm.evaluation.run import answer_shard, run_exam
-    from megatron_medllm.inference.interruption import resumable
-    from megatron_medllm.inference.replicas import run_replicas
 
     output = run.output or run.run_dir / "eval"
-    with resumable():
-        if part is not None:
-            print_text(shard_line(part, answer_shard(run.eval, run.model.path, output, part)))
-            return
-        if run.eval.engine.replicas > 1 and not merge:
-            run_replicas(run.eval.engine, ["eval", "run", str(config), *(overrides or [])], output)
-        summary = run_exam(run.eval, run.model.path, output, merge=merge)
+    summary = part.run(
+        run.eval.engine,
+        ["eval", "run", str(config), *(overrides or [])],
+        output,
+        answer=lambda shard: answer_shard(run.eval, run.model.path, output, shard),
+        make=lambda merge: run_exam(run.eval, run.model.path, output, merge=merge),
+    )
+    if summary is None:
+        return
     print_text((output / "report.md").read_text())
     for line in Account.from_json(summary["account"]).loss_lines():
         print_text(line)

@@ -5,17 +5,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_medllm.cli.options import (
-    Config,
-    MergeOption,
-    Overrides,
-    ShardOption,
-    console,
-    load_recipe,
-    print_text,
-    shard_line,
-    shard_of,
-)
+from megatron_medllm.cli.options import Config, Overrides, console, load_recipe, print_text
+from megatron_medllm.cli.shards import MergeOption, Part, ShardOption
 from megatron_medllm.errors import UserError
 
 
@@ -71,23 +62,23 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
 def pairs(config: Config, overrides: Overrides = None, shard: ShardOption = None, merge: MergeOption = False) -> None:
     """Sample explanations, judge them by the key, and build preference pairs."""
-    part = shard_of(shard, merge=merge)
+    part = Part.of(shard, merge=merge)
     run = load_recipe(config, overrides)
     if run.pairs is None or run.model.path is None:
         raise UserError(f"{config}: medllm pairs needs the section 'pairs' and model.path")
     from megatron_medllm.account import Account
-    from megatron_medllm.inference.interruption import resumable
-    from megatron_medllm.inference.replicas import run_replicas
     from megatron_medllm.preference.pairs import answer_shard, build_pairs
 
     output = run.output or run.run_dir / "pairs"
-    with resumable():
-        if part is not None:
-            print_text(shard_line(part, answer_shard(run.pairs, run.model.path, output, part)))
-            return
-        if run.pairs.engine.replicas > 1 and not merge:
-            run_replicas(run.pairs.engine, ["pairs", str(config), *(overrides or [])], output)
-        manifest = build_pairs(run.pairs, run.model.path, output, merge=merge)
+    manifest = part.run(
+        run.pairs.engine,
+        ["pairs", str(config), *(overrides or [])],
+        output,
+        answer=lambda shard: answer_shard(run.pairs, run.model.path, output, shard),
+        make=lambda merge: build_pairs(run.pairs, run.model.path, output, merge=merge),
+    )
+    if manifest is None:
+        return
     for line in Account.from_json(manifest["account"]).lines():
         print_text(line)
     print_text(

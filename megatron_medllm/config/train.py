@@ -24,7 +24,9 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm; 0 turns clipping off")
-    moments_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 needs TE on CUDA")
+    moments_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of Adam's moments; bfloat16: 4 bytes a weight less, rounded stochastically"
+    )
 
 
 class AdapterConfig(Section):

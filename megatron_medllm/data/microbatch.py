@@ -7,6 +7,7 @@ import torch
 
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from megatron_medllm.parallel.staging import to_device
 
 IGNORED = -100  # label of a token that costs no head work and takes no gradient
 
@@ -32,14 +33,30 @@ class MicroBatch:
         return sum(size * prefix + size * (size + 1) // 2 for size, prefix in sizes)
 
     def model_inputs(
-        self, device: torch.device, *, backend: str, uniform_grad: float | None = None, split: ContextSplit = WHOLE
+        self,
+        device: torch.device,
+        *,
+        backend: str,
+        uniform_grad: float | None = None,
+        split: ContextSplit = WHOLE,
+        ahead: bool = False,
     ) -> dict:
-        """Keyword arguments for the model's forward: a rank's ids and labels [1, t/cp], and the packing."""
-        tokens, labels, position_ids = (
-            torch.from_numpy(split.take(array)).to(device) for array in (self.tokens, self.labels, self.position_ids)
-        )
-        packed = PackedSequences.from_segments(self.segments, position_ids, backend=backend, split=split)
+        """Keyword arguments for the model's forward: a rank's ids and labels [1, t/cp], and the packing.
+
+        Args:
+            device: where they go.
+            backend: whose attention the packing is for.
+            uniform_grad: d loss / d log-prob of every counted token, where it is one known number.
+            split: which tokens are this rank's.
+            ahead: never wait for the device: copies are queued, and the host counts the rows that the head works on.
+        """
+        own = [split.take(array) for array in (self.tokens, self.labels, self.position_ids)]
+        if ahead:
+            own.append(np.flatnonzero(own[1] != IGNORED))
+        tokens, labels, position_ids, *counted = to_device(own, device, ahead=ahead)
+        packed = PackedSequences.from_segments(self.segments, position_ids, backend=backend, split=split, ahead=ahead)
         packed.uniform_grad = uniform_grad
+        packed.counted_rows = counted[0] if counted else None
         return {
             "input_ids": tokens[None],
             "position_ids": position_ids[None],

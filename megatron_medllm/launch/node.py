@@ -20,6 +20,7 @@ from typing import Any
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE, UNFIT_NODE_EXIT_CODE
 from megatron_medllm.errors import USER_ERROR_EXIT_CODE
 from megatron_medllm.launch.jobs import RunFiles, read_specification
+from megatron_medllm.launch.supervisor import job_id, log_directory, restart_count, start_name, task_name
 from megatron_medllm.processes import ProcessId, host_name
 from megatron_medllm.progress import FILE_VARIABLE
 from megatron_medllm.storage import read_json, write_json
@@ -43,18 +44,18 @@ def main(run: Path, stage: str) -> int:
     for name in (signal.SIGUSR1, signal.SIGTERM):
         # A handler, not SIG_IGN: that would be inherited by ranks which have not set theirs up yet.
         signal.signal(name, lambda *_: None)
-    unfit = unfit_nodes(files, stage, spec, node_problem(files.run, spec))
+    unfit = check_in(files, stage, spec, node_problem(files.run, spec))
     if unfit:
         print("\n".join(f"{node}: {problem}" for node, problem in sorted(unfit.items())), file=sys.stderr)
         return UNFIT_NODE_EXIT_CODE
     status = run_stage(files, stage, spec)
-    write_json(log_directory(files, stage) / EXIT_STATUS_FILE, status)  # srun tells of one node's only
+    write_json(node_logs(files, stage) / EXIT_STATUS_FILE, status)  # srun tells of one node's only
     return status
 
 
 def run_stage(files: RunFiles, stage: str, spec: dict[str, Any]) -> int:
     """Run this node's part of the stage's command, behind the checks of a distributed job; its exit status."""
-    logs = log_directory(files, stage)
+    logs = node_logs(files, stage)
     command = [*spec["command"], *shard_arguments(spec)]
     if not spec["processes_per_node"]:
         return run_once(command, logs, progress=files.progress(task_name(stage)))
@@ -91,21 +92,17 @@ def end_stalled_ranks(verdict: Path) -> None:
 
 def is_of_this_start(row: dict[str, Any]) -> bool:
     """Whether a file of the trainer's watch was written in this start of this job."""
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return (row["job_id"], row["restart"]) == (os.environ.get("SLURM_JOB_ID"), restart)
+    return (row["job_id"], row["restart"]) == (os.environ.get("SLURM_JOB_ID"), restart_count())
 
 
-def unfit_nodes(files: RunFiles, stage: str, spec: dict[str, Any], problem: str | None) -> dict[str, str]:
+def check_in(files: RunFiles, stage: str, spec: dict[str, Any], problem: str | None) -> dict[str, str]:
     """What every unfit node of this start suffers from; all nodes return the same, and leave the job together.
 
     Each node checks in with a file in the run directory and waits for the others' files, or for the first that reports
     a problem. Without that, the fit nodes would wait in a rendezvous for one that has left, and the job's exit status
     would tell of the timeout, not of the node.
     """
-    start = f"job{os.environ.get('SLURM_JOB_ID', '0')}-restart{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        start += f".{task}"
-    folder = files.launch / "check-in" / stage / start
+    folder = files.launch / "check-in" / task_name(stage) / start_name()
     write_json(folder / f"{host_name()}.json", {"problem": problem})
     deadline = time.monotonic() + CHECK_IN_TIMEOUT_S
     while True:
@@ -115,7 +112,7 @@ def unfit_nodes(files: RunFiles, stage: str, spec: dict[str, Any], problem: str 
             absent = set(allocated_nodes()) - problems.keys()
             unfit |= dict.fromkeys(absent, f"did not check in within {CHECK_IN_TIMEOUT_S:g} s")
         for node, what in unfit.items():
-            write_json(files.unfit_nodes / f"{node}.json", {"reason": what, "job_id": os.environ.get("SLURM_JOB_ID")})
+            write_json(files.unfit_nodes / f"{node}.json", {"reason": what, "job_id": job_id()})
         if unfit or len(problems) >= spec["nodes"] or time.monotonic() > deadline:
             return unfit
         time.sleep(CHECK_IN_POLL_S)
@@ -143,16 +140,9 @@ def count_gpus() -> int:
     return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 
-def log_directory(files: RunFiles, stage: str) -> Path:
+def node_logs(files: RunFiles, stage: str) -> Path:
     """Per-rank logs of this start on this node; the supervisor looks for errors under its parent."""
-    job, restart = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return files.launch / "logs" / task_name(stage) / f"job{job}-restart{restart}" / f"node{node_rank()}"
-
-
-def task_name(stage: str) -> str:
-    """What this job's files are called: the stage, with the number of an array's task."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{stage}.{task}" if task else stage
+    return log_directory(files.run, task_name(stage)) / f"node{node_rank()}"
 
 
 def node_rank() -> int:
@@ -189,7 +179,7 @@ def run_node_ranks(command: list[str], spec: dict[str, Any], logs: Path, *, port
         min_nodes=spec["nodes"],
         max_nodes=spec["nodes"],
         nproc_per_node=spec["processes_per_node"],
-        run_id=f"{os.environ.get('SLURM_JOB_ID', '0')}-{port_offset}",
+        run_id=f"{job_id()}-{port_offset}",
         rdzv_backend="static",
         rdzv_endpoint=f"{first_node()}:{rendezvous_port() + port_offset}",
         rdzv_configs={"rank": node_rank(), "timeout": RENDEZVOUS_TIMEOUT_S},
@@ -244,8 +234,7 @@ def rendezvous_port() -> int:
 
     A restart takes another pair, so that a port which something else holds does not stop the job for good.
     """
-    job, restart = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-    return PORT_BASE + 2 * (job + 1013 * restart) % PORT_RANGE
+    return PORT_BASE + 2 * (int(job_id()) + 1013 * restart_count()) % PORT_RANGE
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ def queue(files: RunFiles, stage: str, cluster: ClusterConfig) -> str:
 def submission_report(found: Submission) -> str:
     """The job ids, or the scripts of a dry run, as text."""
     if found.job_ids:
-        return "\n".join(f"{stage:<12}job {job_id}" for stage, job_id in found.job_ids.items())
+        width = max(map(len, found.job_ids))
+        return "\n".join(f"{stage:<{width}}  job {job_id}" for stage, job_id in found.job_ids.items())
     container = [f"# srun also gets: {' '.join(found.container)}"] if found.container else []
     return "\n".join([*container, *(f"# ---- {stage}.sbatch ----\n{text}" for stage, text in found.scripts.items())])

@@ -25,14 +25,14 @@ GIVE_UP_EXIT_CODE = 3
 UNMET_EXIT_CODE = 1  # what medllm eval exits with when a requirement is not met, and Python for any error
 USER_ERROR_EXIT_CODE = 2  # what medllm exits with when the input is wrong: running again would not help
 LAST_LINES = 15
+FAILED = "the command failed with exit code"
 
 
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit status for the batch script."""
     action, run, stage = arguments[0], pathlib.Path(arguments[1]), arguments[2]
     spec = json.loads((run / "launch" / (stage + ".json")).read_text())
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # every task of an array has its own history
-        stage += "." + os.environ["SLURM_ARRAY_TASK_ID"]
+    stage = task_name(stage)  # every task of an array has its own history
     if action == "begin":
         return begin(run, stage, spec)
     return end(run, stage, spec, int(arguments[3]))
@@ -74,12 +74,15 @@ def end(run: pathlib.Path, stage: str, spec: Row, exit_code: int) -> int:
         unfit = unfit_nodes(run)
         reason = "health check failed: " + "; ".join(f"{node}: {why}" for node, why in sorted(unfit.items()))
         return requeue(run, stage, dict(report, reason=reason), exclude=sorted(unfit) + list(spec["exclude"]))
-    reason = f"the command failed with exit code {exit_code}"
+    reason = f"{FAILED} {exit_code}"
     if "stall" in report:
         reason = "stalled: " + report["stall"]["reason"]
     if exit_code == UNMET_EXIT_CODE and spec.get("exam"):
         reason = unmet_requirements(run / spec["exam"], since=last_start(run, stage)) or reason
-    report.update(reason=reason, last_lines=last_error_lines(run, stage))
+    lines = last_error_lines(run, stage)
+    if reason.startswith(FAILED) and lines:
+        reason += ": " + lines[-1].strip()
+    report.update(reason=reason, last_lines=lines)
     if spec["checkpoints"] and exit_code != USER_ERROR_EXIT_CODE:
         return requeue(run, stage, report, exclude=[])  # a crash may be the machine's; `begin` counts them
     write_ended(run, stage, dict(report, outcome="failed"))
@@ -120,7 +123,7 @@ def last_start(run: pathlib.Path, stage: str) -> float:
 def requeue(run: pathlib.Path, stage: str, report: Row, exclude: list[str]) -> int:
     """Put the job back into the queue, off the nodes in `exclude`; it keeps its id, so the chain behind it waits."""
     write_ended(run, stage, dict(report, outcome="requeued"))
-    identity = job_id()
+    identity = scontrol_id()
     done = subprocess.run(["scontrol", "requeuehold", identity], capture_output=True, text=True)
     if done.returncode:
         reason = f"{report['reason']}; not requeued: {done.stderr.strip()}"
@@ -170,12 +173,24 @@ def unfit_nodes(run: pathlib.Path) -> dict[str, str]:
 def last_error_lines(run: pathlib.Path, stage: str) -> list[str]:
     """The end of the longest standard-error log of this start: where the first failing rank says why."""
     logs = sorted(log_directory(run, stage).rglob("stderr.log"), key=lambda path: path.stat().st_size)
-    return logs[-1].read_text(errors="replace").splitlines()[-LAST_LINES:] if logs else []
+    lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
+    return [line for line in lines if line.strip()][-LAST_LINES:]
 
 
-def log_directory(run: pathlib.Path, stage: str) -> pathlib.Path:
-    """Where this start's per-rank logs are."""
-    return run / "launch" / "logs" / stage / f"job{job_id()}-restart{restart_count()}"
+def log_directory(run: pathlib.Path, task: str) -> pathlib.Path:
+    """Where this start's logs are, a folder per node."""
+    return run / "launch" / "logs" / task / start_name()
+
+
+def task_name(stage: str) -> str:
+    """What this job's files are called: the stage, with the number of an array's task."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{stage}.{task}" if task else stage
+
+
+def start_name() -> str:
+    """What this start of this job is called."""
+    return f"job{job_id()}-restart{restart_count()}"
 
 
 def job_id() -> str:
@@ -186,6 +201,12 @@ def job_id() -> str:
 def array_id() -> str | None:
     """The id of the array that this job is a task of."""
     return os.environ.get("SLURM_ARRAY_JOB_ID")
+
+
+def scontrol_id() -> str:
+    """This job as scontrol takes it: an array's last task has the array's own id, which there means all of its tasks."""
+    array, task = array_id(), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else job_id()
 
 
 def restart_count() -> int:

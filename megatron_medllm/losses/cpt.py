@@ -1,5 +1,6 @@
 """The language-model loss of continued pretraining."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,13 +13,17 @@ def cpt_loss(token_logprobs: Tensor, log_sum_exp: Tensor, counted: Tensor, *, z_
     Args:
         token_logprobs: [t] fp32, log-probability of each target.
         log_sum_exp: [t] fp32, log Z of each row.
-        counted: [t] bool, tokens that are predicted.
+        counted: tokens that are predicted: [t] bool, or their indices, int64. On CUDA a mask makes the host wait.
         z_loss: coefficient; 0 leaves the second term out.
 
     Returns:
         scalar fp32.
     """
-    loss = -token_logprobs[counted].sum()
+    loss = -_select(token_logprobs, counted).sum()
     if z_loss:
-        loss = loss + z_loss * log_sum_exp[counted].square().sum()
+        loss = loss + z_loss * _select(log_sum_exp, counted).square().sum()
     return loss
+
+
+def _select(values: Tensor, counted: Tensor) -> Tensor:
+    return values[counted] if counted.dtype is torch.bool else values.index_select(0, counted)

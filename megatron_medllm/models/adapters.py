@@ -10,11 +10,13 @@ exchange for the adapter is r wide:
     row (proj, fc2)     [n, k/tp]  [r, k/tp]  [n, r]     x A^T: summed
 
 Under sequence parallelism the replicated half sees a slice of the sequence only; its mark asks Megatron-Core to sum
-its gradient over the group. Parameters keep the base's names (`linear_qkv.weight`) beside `lora_a` and `lora_b`, so
-everything that knows the base by name goes on doing so.
+its gradient over the group. On one tensor-parallel rank and without dropout nothing lies between the products, and
+they are one function (`folded_lora`). Parameters keep the base's names (`linear_qkv.weight`) beside `lora_a` and
+`lora_b`, so everything that knows the base by name goes on doing so.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -39,9 +41,13 @@ from torch.autograd.function import once_differentiable
 
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.models.folded_lora import folded_linear
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
+from megatron_medllm.models.materialize import Fill, materialize, parts_beside_layers
 from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
+
+log = logging.getLogger(__name__)
 
 Split = Literal["column", "row"]
 
@@ -75,6 +81,7 @@ class AdaptedLinear(nn.Module):
         adapted: bool,
         device: torch.device,
         context: ContextSplit = WHOLE,
+        folded: bool = True,
     ) -> None:
         """Args:
         linear: Megatron-Core's ColumnParallelLinear or RowParallelLinear.
@@ -84,6 +91,7 @@ class AdaptedLinear(nn.Module):
         adapted: False: only freeze the weight and hold it in the base's format.
         device: where the adapter and a quantized weight are put.
         context: which tokens of a stream are this rank's.
+        folded: compute base and adapter as one function where nothing lies between them.
         """
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
@@ -97,6 +105,8 @@ class AdaptedLinear(nn.Module):
         if config.base != "bf16":
             self.frozen, self.weight = FORMATS[config.base](linear.weight.detach().to(device)), None
         self.lora_a = self.lora_b = None
+        # A row layer's bias comes after its ranks' sum, rounded on its own.
+        self.folded = folded and can_fold(config, self.tp_group.size()) and (split == "column" or self.bias is None)
         if adapted:
             outputs, inputs = linear.weight.shape
             self.lora_a = self._half((config.rank, inputs), device, split_dim=1 if split == "row" else None)
@@ -120,6 +130,11 @@ class AdaptedLinear(nn.Module):
             [t, 1, n/tp] (column) or [t, 1, n] (row; [t/tp, 1, n] under sequence parallelism), the bias added.
         """
         x = x.flatten(0, 1)
+        if self.folded and self.lora_a is not None and self.lora_b is not None:
+            base = self.weight if self.frozen is None else self.frozen
+            assert base is not None
+            y = folded_linear(x, base, self.bias, self.lora_a, self.lora_b, scale=self.scale)
+            return y[:, None], None
         y = self._base_column(x) if self.split == "column" else self._base_row(x)
         if self.lora_a is not None and self.lora_b is not None:
             narrow = self._share(F.linear(self.dropped(x), self.lora_a))  # [t, r]
@@ -206,6 +221,26 @@ class AdaptedLinear(nn.Module):
         return state
 
 
+def can_fold(config: AdapterConfig, tp_size: int) -> bool:
+    """Whether base and adapter may be one function: no exchange between ranks and no mask lies between them."""
+    return tp_size == 1 and not config.dropout
+
+
+def folds(choice: Literal["auto", "folded", "separate"], config: AdapterConfig, tp_size: int) -> bool:
+    """What `kernels.lora` comes to; says so in the log.
+
+    Raises:
+        UserError: it asks for folded products where something lies between them.
+    """
+    possible = can_fold(config, tp_size)
+    if choice == "folded" and not possible:
+        between = f"layout.tp={tp_size}" if tp_size > 1 else f"adapter.dropout={config.dropout:g}"
+        raise UserError(f"kernels.lora=folded is for layout.tp=1 without adapter.dropout, here {between}; use auto")
+    folded = possible and choice != "separate"
+    log.info("LoRA: products %s (asked for: %s)", "folded into the base's" if folded else "one by one", choice)
+    return folded
+
+
 def _add_low_rank(y: Tensor, narrow: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """y [t, n] + scale * narrow [t, r] B^T, in place where autograd allows it: gate and up are too large to copy."""
     if y._is_view():  # an all-reduce hands its input on
@@ -236,6 +271,8 @@ def add_adapters(
     tp_rank: int,
     tp_size: int,
     device: torch.device | None = None,
+    products: Literal["auto", "folded", "separate"] = "auto",
+    fill: Fill | None = None,
 ) -> None:
     """Freeze the model and put an adapter on every target; call it once the base weights are loaded.
 
@@ -249,16 +286,25 @@ def add_adapters(
         seed: of A.
         tp_rank: this rank within its tensor-parallel group.
         tp_size: size of that group.
-        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere: a base that fits
-            there only in FP8 or NF4 is built and loaded on the CPU. Default: where it is.
+        device: where the model goes, layer by layer as it is quantized, if it was built elsewhere. Default: where it
+            is.
+        fill: starting values of a model built on the meta device, because it fits `device` only in FP8 or NF4; each
+            layer is filled and quantized before the next.
+        products: `kernels.lora`.
 
     Raises:
-        UserError: layers that have no adapter here (Transformer Engine's), or an NF4 base without bitsandbytes.
+        UserError: products that cannot be folded, layers that have no adapter here (Transformer Engine's), or an NF4
+            base without bitsandbytes.
     """
+    folded = folds(products, config, tp_size)
     for chunk in chunks:
         chunk.requires_grad_(False)
         target_device = device or next(chunk.parameters()).device
+        for part in parts_beside_layers(chunk) if fill is not None else []:
+            materialize(part, chunk, fill, device=target_device)
         for layer in chunk.decoder.layers:
+            if fill is not None:
+                materialize(layer, chunk, fill, device=target_device)
             for name, (parent_name, split) in LINEARS.items():
                 if name in config.targets or config.base != "bf16":
                     parent = getattr(layer, parent_name)
@@ -272,6 +318,7 @@ def add_adapters(
                         adapted=name in config.targets,
                         device=target_device,
                         context=ContextSplit.of(chunk.pg_collection.cp),
+                        folded=folded,
                     )
                     setattr(parent, name, adapted)
         chunk.to(target_device)

@@ -3,7 +3,7 @@
 t: tokens of the stream, np: heads on this rank, ng: KV heads on this rank, hn: width of a head.
 
 On CUDA, variable-length flash attention: a response's keys are its prompt's and its own, and the causal mask is
-aligned to the last key. On a CPU, and in fp32, pieces of similar length become right-padded batches for torch's
+aligned to the last key. On Hopper cuDNN is faster where it can be had (`models/attention_choice.py`). On a CPU, and in fp32, pieces of similar length become right-padded batches for torch's
 SDPA: a causal mask alone hides the padding from every real query. A response's batch row then has slots for its
 prompt's queries, whose outputs are thrown away: attention is not shared, all the matrix products around it are.
 
@@ -12,12 +12,14 @@ for the backward pass, unless `recompute` drops them (it then gathers once more)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_medllm.kernels.rope import rotate
 from megatron_medllm.parallel.context import gather_stream
@@ -25,6 +27,9 @@ from megatron_medllm.parallel.packed import PackedSequences
 
 # 2.11 takes fewer KV heads as they are; from 2.12 on that has to be asked for.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if Version(torch.__version__) >= Version("2.12") else {}
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSequences, float], Tensor]
 
 
 class PackedAttention(nn.Module):
@@ -41,6 +46,7 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.attend: Attend = attend_by_default
 
     def forward(
         self,
@@ -67,13 +73,17 @@ class PackedAttention(nn.Module):
             raise ValueError(f"the stream is split {packed_seq_params.split.size} ways, the layout another")
         if self.cp_group is not None:
             key, value = gather_stream(torch.cat((key, value), dim=1), self.cp_group).chunk(2, dim=1)  # [t, ng, hn]
-        flash = query.is_cuda and query.dtype is not torch.float32
-        attend = flash_varlen if flash else padded_sdpa
-        out = attend(query, key, value, packed_seq_params, self.scale)
+        out = self.attend(query, key, value.contiguous(), packed_seq_params, self.scale)
         return out.reshape(query.shape[0], 1, -1)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict:
         return {}
+
+
+def attend_by_default(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """[t, np, hn]: by what every machine has: flash attention on CUDA in 16 bits, else torch's SDPA."""
+    flash = query.is_cuda and query.dtype is not torch.float32
+    return (flash_varlen if flash else padded_sdpa)(query, key, value, packed, scale)
 
 
 def padded_sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
@@ -108,3 +118,17 @@ def flash_varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequen
         assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for too
         outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """[t, np, hn]: causal attention of one document that fills the stream, by cuDNN inside torch on CUDA.
+
+    Query, key and value are views, not copies, and so is what is returned.
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, t, hn]
+    backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out[0].transpose(0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.kernels.fp8 import fp8_frozen_linear, quantize_weight
+from megatron_medllm.kernels.fp8 import fp8_frozen_linear, fp8_input_gradient, quantize_weight
 from megatron_medllm.kernels.fp8.blocks import BLOCK
 
 NF4_BLOCK = 64
@@ -25,6 +25,10 @@ class FrozenWeight(Protocol):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., k] -> x W^T + bias [..., n] in x's dtype, differentiable in x."""
+        ...
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy [t, n] -> dy W [t, k] in dy's dtype: what `product` hands back for x."""
         ...
 
     def dense(self) -> Tensor:
@@ -46,6 +50,9 @@ class FP8Weight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return fp8_frozen_linear(x, self._weight, bias)
 
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return fp8_input_gradient(dy, self._weight)
+
     def dense(self) -> Tensor:
         return self._weight.dequantize()
 
@@ -62,6 +69,9 @@ class NF4Weight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = _ProductByUnpacked.apply(x, self)
         return y if bias is None else y + bias
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return dy @ self.unpack(dy.dtype)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[n, k] in `dtype`, to be dropped after one product."""
@@ -82,7 +92,7 @@ class _ProductByUnpacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.weight.unpack(dy.dtype), None
+        return ctx.weight.input_gradient(dy), None
 
 
 def bitsandbytes_functional() -> Any:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters, unwrap
+from megatron_medllm.models.materialize import Fill, fill_parameters
+from megatron_medllm.models.qwen25 import Qwen25Model
 
 
-@torch.no_grad()
 def initialize_weights(
     chunks: list[nn.Module], *, seed: int, tp_rank: int, tp_size: int, device: torch.device | None = None
 ) -> None:
@@ -28,15 +28,22 @@ def initialize_weights(
         tp_size: size of that group.
         device: draws the numbers (7B on one core: 80 s; CPU and GPU draw different ones). Default: the parameter's.
     """
-    for chunk in map(unwrap, chunks):
-        for name, parameter in global_parameters(chunk):
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
-                parameter.fill_(1.0)
-            else:
-                draw = _draw(chunk, name, seed=seed, device=device or parameter.device)
-                parameter.copy_(_random_slice(chunk, name, parameter, draw, tp_rank=tp_rank, tp_size=tp_size))
+    fill_parameters(chunks, random_values(seed=seed, tp_rank=tp_rank, tp_size=tp_size, device=device))
+
+
+def random_values(*, seed: int, tp_rank: int, tp_size: int, device: torch.device | None = None) -> Fill:
+    """Fills one parameter; arguments as in `initialize_weights`."""
+
+    def fill(chunk: Qwen25Model, name: str, parameter: nn.Parameter) -> None:
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
+            parameter.fill_(1.0)
+        else:
+            draw = _draw(chunk, name, seed=seed, device=device or parameter.device)
+            parameter.copy_(_random_slice(chunk, name, parameter, draw, tp_rank=tp_rank, tp_size=tp_size))
+
+    return fill
 
 
 def _draw(chunk: Qwen25Model, name: str, *, seed: int, device: torch.device) -> Callable[..., Tensor]:
@@ -56,16 +63,22 @@ def _random_slice(
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * shape.num_layers)
     rows, columns = parameter.shape
-    # Padding depends on the layout, so it is not drawn.
+    # In place: an embedding's numbers in fp32 are 5 GB at 72B, and each copy as much. Padding depends on the layout, so
+    # it is not drawn.
     ffn_padding = config.ffn_hidden_size - shape.ffn_hidden_size
     if name.endswith("linear_proj.weight"):  # row-parallel: split over columns
-        return draw(rows, columns * tp_size).chunk(tp_size, dim=1)[tp_rank] * std
+        return draw(rows, columns * tp_size).chunk(tp_size, dim=1)[tp_rank].mul_(std)
     if name.endswith("linear_fc2.weight"):
-        return F.pad(draw(rows, shape.ffn_hidden_size), (0, ffn_padding)).chunk(tp_size, dim=1)[tp_rank] * std
+        full = _padded(draw(rows, shape.ffn_hidden_size), (0, ffn_padding))
+        return full.chunk(tp_size, dim=1)[tp_rank].mul_(std)
     if name.endswith("linear_fc1.weight"):  # gate and up are padded and split each on its own
-        full = F.pad(draw(2, shape.ffn_hidden_size, columns), (0, 0, 0, ffn_padding))
-        return full.chunk(tp_size, dim=1)[tp_rank].flatten(0, 1) * std
+        full = _padded(draw(2, shape.ffn_hidden_size, columns), (0, 0, 0, ffn_padding))
+        return full.chunk(tp_size, dim=1)[tp_rank].flatten(0, 1).mul_(std)
     if "word_embeddings" in name or "output_layer" in name:
-        drawn = draw(shape.vocab_size, columns)
-        return F.pad(drawn, (0, 0, 0, rows * tp_size - shape.vocab_size)).chunk(tp_size)[tp_rank] * std
-    return draw(rows * tp_size, columns).chunk(tp_size)[tp_rank] * std
+        full = _padded(draw(shape.vocab_size, columns), (0, 0, 0, rows * tp_size - shape.vocab_size))
+        return full.chunk(tp_size)[tp_rank].mul_(std)
+    return draw(rows * tp_size, columns).chunk(tp_size)[tp_rank].mul_(std)
+
+
+def _padded(drawn: Tensor, padding: tuple[int, ...]) -> Tensor:
+    return F.pad(drawn, padding) if any(padding) else drawn

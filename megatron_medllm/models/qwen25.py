@@ -8,6 +8,7 @@ from a fused head instead of logits, which are never made.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Qwen25Model(GPTModel):
         self.shape = shape
         _mark_split_weights(self)
 
+    def _is_in_embd_group(self) -> bool:
+        """Whether upstream's constructor makes two stages' tied weights equal: not where they have no values yet."""
+        return torch.get_default_device().type != "meta" and super()._is_in_embd_group()
+
     def _preprocess(
         self,
         input_ids: Tensor,  # [1, t]
@@ -68,10 +73,11 @@ class Qwen25Model(GPTModel):
             if self.training and torch.is_grad_enabled() and not decoder_input.requires_grad:
                 # Recomputing a layer whose input needs no gradient gives its adapters none, silently.
                 decoder_input.requires_grad_()
+        frequencies = self.rotary_pos_emb.inv_freq
+        if frequencies.device != position_ids.device:  # no buffer of Megatron's module: it stayed where it was made
+            self.rotary_pos_emb.inv_freq = frequencies = frequencies.to(position_ids.device)
         # Not handed to Megatron's layers: the core attention rotates, in one kernel a tensor.
-        packed_seq_params.rotation = rotation_angles(
-            position_ids[0], self.rotary_pos_emb.inv_freq.to(position_ids.device)
-        )
+        packed_seq_params.rotation = rotation_angles(position_ids[0], frequencies)
         return decoder_input, None, None, None, None, padding_mask
 
     def _postprocess(
@@ -86,12 +92,12 @@ class Qwen25Model(GPTModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states of an inner stage; log-probs [t] and log-sum-exps [t] with labels; logits without."""
         if self.post_process and labels is not None and packed_seq_params is not None:
-            return self._token_logprobs(hidden_states, labels, packed_seq_params.uniform_grad)
+            return self._token_logprobs(hidden_states, labels, packed_seq_params)
         return super()._postprocess(
             hidden_states, input_ids, position_ids, labels, *args, packed_seq_params=packed_seq_params, **kwargs
         )
 
-    def _token_logprobs(self, hidden: Tensor, labels: Tensor, uniform_grad: float | None) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, hidden: Tensor, labels: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
@@ -107,7 +113,8 @@ class Qwen25Model(GPTModel):
             tp_group=group if group.size() > 1 else None,
             vocab_start=group.rank() * weight.shape[0],
             valid_vocab=self.shape.vocab_size,
-            uniform_grad=uniform_grad,
+            uniform_grad=packed.uniform_grad,
+            kept_rows=packed.counted_rows,
         )
 
 
@@ -140,7 +147,7 @@ def build_model(
     Args:
         model: what is built.
         layout: how it is spread.
-        device: where it is put.
+        device: where it is put; "meta": nowhere, to be given storage by `materialize`.
         fp8: recipe of the layers' products in full training (forward, d input and d weight); None: none in FP8.
         fp8_weights: pad the FFN for weights that will be held in FP8 (under an adapter); `fp8` implies it.
 
@@ -150,12 +157,13 @@ def build_model(
     """
     shape = model.resolve_shape()
     config = transformer_config(shape, layout, model, fp8=fp8, fp8_weights=fp8_weights)
-    config.use_cpu_initialization = device.type == "cpu"
+    config.use_cpu_initialization = device.type != "cuda"
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
-    chunks: list[nn.Module] = [
-        Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
-        for stage in stages
-    ]
+    with device if device.type == "meta" else nullcontext():
+        chunks: list[nn.Module] = [
+            Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
+            for stage in stages
+        ]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
 

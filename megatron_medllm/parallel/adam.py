@@ -7,10 +7,20 @@ state. With torch.optim.AdamW, which keeps `step` per parameter, a run trains bu
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatron_medllm.parallel.moments import update_narrow
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam(W) with the surface of TE's and apex's FusedAdam, on torch's own fused kernel."""
+    """Adam(W) with the surface of TE's and apex's FusedAdam, on torch's own fused kernel.
+
+    `moments_dtype` may be set to bf16 before the first step.
+    """
+
+    moments_dtype = torch.float32
 
     def __init__(
         self,
@@ -38,24 +48,41 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             group["step"] = group.get("step", 0) + 1
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            update(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+            moments = [self._moments(p) for p in params]
+            step = torch.full((), float(group["step"]), device=params[0].device)  # no wait, as a copy is
+            settings = {
+                "lr": group["lr"],
+                "beta1": group["betas"][0],
+                "beta2": group["betas"][1],
+                "weight_decay": group["weight_decay"],
+                "eps": group["eps"],
+                "amsgrad": False,
+                "maximize": False,
+            }
+            if self.moments_dtype is torch.bfloat16:
+                update_narrow(update, params, moments, step=step, seed=group["step"], **settings)
+            else:
+                firsts, seconds = map(list, zip(*moments, strict=True))
+                update(params, [p.grad for p in params], firsts, seconds, [], [step] * len(params), **settings)
+
+    def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """The two moments, made or cast where they are missing or of another type (upstream makes them fp32)."""
+        state = self.state[param]
+        for name in MOMENTS:
+            held = state.get(name)
+            state[name] = torch.zeros_like(param, dtype=self.moments_dtype) if held is None else held
+            state[name] = state[name].to(self.moments_dtype)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]  # torch adds hooks
+        """As torch's, which would cast the moments to the parameters' type, but these are held in their own."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, param in zip(indices, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                is_moment = name in MOMENTS
+                self.state[param][name] = value.to(param.device, self.moments_dtype) if is_moment else value
 
 
 def install(device_type: str) -> None:

@@ -11,9 +11,11 @@ import inspect
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+from megatron_medllm.parallel.foreach import leaves
 
 # A workaround in the faulty look-up, gone in the mended one.
 _SIGN_OF_THE_FAULT = "param range exceeds"
@@ -23,7 +25,7 @@ def mend_saved_state(optimizer: MegatronOptimizer) -> None:
     """Make `optimizer` save every parameter's own state; does nothing where Megatron-Core does so by itself."""
     if _SIGN_OF_THE_FAULT not in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable):
         return
-    for leaf in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for leaf in leaves(optimizer):
         if isinstance(leaf, DistributedOptimizer):
             leaf.get_parameter_state_dp_zero = _Padded(leaf)
 

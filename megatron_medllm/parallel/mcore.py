@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -32,9 +32,13 @@ from torch import Tensor, nn
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.parallel import foreach
+from megatron_medllm.parallel.adam import FusedAdam
 from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
+
+MOMENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
@@ -70,15 +74,28 @@ def release(chunks: list[nn.Module]) -> None:
 
 
 def build_optimizer(
-    chunks: list[nn.Module], config: TransformerConfig, optimizer: OptimizerConfig, layout: LayoutConfig
+    chunks: list[nn.Module],
+    config: TransformerConfig,
+    optimizer: OptimizerConfig,
+    layout: LayoutConfig,
+    *,
+    helpers: foreach.Choice = "auto",
 ) -> MegatronOptimizer:
     """AdamW over the chunks' trainable parameters; hooks Megatron's schedules up with it and with DDP.
 
+    Args:
+        chunks: this rank's, inside DDP.
+        config: Megatron's, which is given the hooks.
+        optimizer: rates and moments.
+        layout: whether the optimizer's state is spread, and how it overlaps.
+        helpers: `kernels.optimizer`.
+
     Raises:
-        UserError: bf16 moments where there is no Transformer Engine to keep them.
+        UserError: bf16 moments where apex brings the optimizer.
     """
     ddp_config: DistributedDataParallelConfig = vars(chunks[0])["ddp_config"]
-    moments = moments_dtype(optimizer, fused=HAVE_TE and torch.cuda.is_available())
+    moments = MOMENTS_DTYPES[optimizer.moments_dtype]
+    te_moments = moments if HAVE_TE and torch.cuda.is_available() else torch.float32
     built = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",
@@ -93,14 +110,17 @@ def build_optimizer(
             params_dtype=config.params_dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
-            use_precision_aware_optimizer=moments is not torch.float32,
-            exp_avg_dtype=moments,
-            exp_avg_sq_dtype=moments,
+            use_precision_aware_optimizer=te_moments is not torch.float32,
+            exp_avg_dtype=te_moments,
+            exp_avg_sq_dtype=te_moments,
         ),
         chunks,
         use_gloo_process_groups=False,
     )
+    if te_moments is not moments:
+        _narrow_moments(built, moments)
     mend_saved_state(built)
+    foreach.use(built, helpers)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
@@ -115,17 +135,13 @@ def build_optimizer(
     return built
 
 
-def moments_dtype(optimizer: OptimizerConfig, *, fused: bool) -> torch.dtype:
-    """The type of Adam's moments; `fused`: Transformer Engine's Adam is there, a CUDA kernel that casts them.
-
-    Raises:
-        UserError: bf16 moments without it.
-    """
-    if optimizer.moments_dtype == "float32":
-        return torch.float32
-    if not fused:
-        raise UserError("optimizer.moments_dtype=bfloat16 needs Transformer Engine and CUDA; use float32")
-    return torch.bfloat16
+def _narrow_moments(built: MegatronOptimizer, moments: torch.dtype) -> None:
+    """Have our own Adam hold its moments so: of the others only Transformer Engine's can."""
+    for leaf in foreach.leaves(built):
+        if not isinstance(leaf.optimizer, FusedAdam):
+            name = type(leaf.optimizer).__module__
+            raise UserError(f"optimizer.moments_dtype=bfloat16: {name} keeps its moments in float32; use float32")
+        leaf.optimizer.moments_dtype = moments
 
 
 def run_micro_batches(
@@ -249,7 +265,7 @@ def clip_and_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> tuple[bo
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return False, norm
-    for leaf in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for leaf in foreach.leaves(optimizer):
         parameters = leaf.get_parameters()
         if clip_grad > 0 and parameters:
             decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8

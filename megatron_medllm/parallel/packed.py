@@ -9,13 +9,16 @@ Without context parallelism a piece is a segment; with it, what a chunk of the s
 """
 
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
+from megatron_medllm.parallel.staging import to_device
 
 # A padded attention batch may hold at most this share of padding before a segment opens the next one.
 _MIN_FILL = 0.6
@@ -87,12 +90,22 @@ class PackedSequences(PackedSeqParams):
     split: ContextSplit = WHOLE
     rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [t/cp, hn/2] fp32; the model sets it
     uniform_grad: float | None = None  # d loss / d log-prob of every counted token, where it is one known number
+    counted_rows: Tensor | None = None  # int64, this rank's tokens that are predicted, where the host has counted them
+    ahead: bool = False  # plans go to the device in queued copies
     _batches: "list[PaddedBatch] | None" = field(default=None, repr=False)
     _plans: "list[VarlenPlan] | None" = field(default=None, repr=False)
+    _layout: "RaggedLayout | None" = field(default=None, repr=False)
+    tables: dict = field(default_factory=dict, repr=False)  # what a kernel made of the layout, by the kernel's own key
 
     @classmethod
     def from_segments(
-        cls, segments: tuple[Segment, ...], position_ids: Tensor, *, backend: str, split: ContextSplit = WHOLE
+        cls,
+        segments: tuple[Segment, ...],
+        position_ids: Tensor,
+        *,
+        backend: str,
+        split: ContextSplit = WHOLE,
+        ahead: bool = False,
     ) -> "PackedSequences":
         """Build for a backend.
 
@@ -101,6 +114,7 @@ class PackedSequences(PackedSeqParams):
             position_ids: [t/cp], of this rank's tokens.
             backend: whose attention it is for; under context parallelism both backends use ours.
             split: which tokens are this rank's.
+            ahead: copy plans to the device without waiting for it.
 
         Raises:
             ValueError: the segments do not follow each other through the whole stream, or the te backend was asked for
@@ -111,10 +125,10 @@ class PackedSequences(PackedSeqParams):
         if [s.start for s in segments] != bounds[:-1] or bounds[-1] != length:
             raise ValueError(f"segments must follow each other from 0 to {length}: {segments}")
         if backend == "torch" or split.size > 1:
-            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments, split=split)
+            return cls(qkv_format="sbhd", position_ids=position_ids, segments=segments, split=split, ahead=ahead)
         if any(s.prefix_length for s in segments):
             raise ValueError("the te backend packs chosen and rejected side by side; it cannot share their prompt")
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
+        (cu_seqlens,) = to_device([np.array(bounds, np.int32)], position_ids.device, ahead=ahead)
         longest = max(s.length for s in segments)
         return cls(
             qkv_format="thd",
@@ -124,6 +138,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             position_ids=position_ids,
             segments=segments,
+            ahead=ahead,
         )
 
     def padded_batches(self, device: torch.device) -> list["PaddedBatch"]:
@@ -136,8 +151,83 @@ class PackedSequences(PackedSeqParams):
     def varlen_plans(self, device: torch.device) -> list["VarlenPlan"]:
         """The same for a variable-length kernel, a call per chunk; computed once per micro-batch."""
         if self._plans is None:
-            self._plans = [_varlen_plan(chunk, device) for chunk in cut_into_pieces(self.segments, self.split)]
+            chunks = cut_into_pieces(self.segments, self.split)
+            self._plans = [_varlen_plan(chunk, device, ahead=self.ahead) for chunk in chunks]
         return self._plans
+
+    def ragged_layout(self) -> "RaggedLayout":
+        """The same for a kernel with plans for some numbers of sequences; computed once per micro-batch.
+
+        Raises:
+            ValueError: under context parallelism.
+        """
+        if self.split.size != 1:
+            raise ValueError("a ragged layout is of a whole stream")
+        if self._layout is None:
+            (pieces,) = cut_into_pieces(self.segments, self.split)
+            self._layout = _ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
+        return self._layout
+
+
+@dataclass(frozen=True)
+class RaggedLayout:
+    """A stream's sequences for such a kernel, on the host; queries are the stream's, in order."""
+
+    lengths_q: tuple[int, ...]
+    lengths_kv: tuple[int, ...]
+    kv_rows: list[int] | None  # rows of the stream that are the keys; None: all of it, in order
+
+
+def sequences_to_use(count: int) -> int:
+    """The next number of sequences that plans are made for: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def with_more_sequences(pieces: list[SegmentPiece], count: int) -> list[SegmentPiece]:
+    """As many pieces as asked for: first queries become pieces of their own, where that repeats the fewest keys.
+
+    Attention stays the same: a query alone still sees its prefix and the keys up to itself. A kernel that allows no
+    empty sequence can then have a round number of them. Fewer than asked for where every piece is one query.
+    """
+    cheapest = [(_keys_before(piece) + 1, index) for index, piece in enumerate(pieces)]
+    taken = [0] * len(pieces)  # queries split off the front of each piece
+    heapify(cheapest)
+    for _ in range(count - len(pieces)):
+        while cheapest and taken[cheapest[0][1]] + 1 >= pieces[cheapest[0][1]].end - pieces[cheapest[0][1]].start:
+            heappop(cheapest)  # one query is left of it
+        if not cheapest:
+            break
+        repeated, index = cheapest[0]
+        taken[index] += 1
+        heapreplace(cheapest, (repeated + 1, index))
+    result = []
+    for piece, singles in zip(pieces, taken, strict=True):
+        rest = piece.start + singles
+        result += [SegmentPiece(at, at + 1, _without_last(piece, at + 1)) for at in range(piece.start, rest)]
+        result.append(SegmentPiece(rest, piece.end, piece.keys))
+    return result
+
+
+def _keys_before(piece: SegmentPiece) -> int:
+    """Keys that its first query sees besides its own."""
+    return piece.length - (piece.end - piece.start)
+
+
+def _without_last(piece: SegmentPiece, end: int) -> tuple[tuple[int, int], ...]:
+    """The keys that queries up to `end` see: all but the last, which are one range."""
+    first, last = piece.keys[-1]
+    return (*piece.keys[:-1], (first, last - (piece.end - end)))
+
+
+def _ragged_layout(pieces: list[SegmentPiece]) -> RaggedLayout:
+    ranges = [keys for piece in pieces for keys in piece.keys]
+    as_they_stand = all(before[1] == after[0] for before, after in pairwise(ranges))
+    return RaggedLayout(
+        lengths_q=tuple(piece.end - piece.start for piece in pieces),
+        lengths_kv=tuple(piece.length for piece in pieces),
+        kv_rows=None if as_they_stand else [row for start, end in ranges for row in range(start, end)],
+    )
 
 
 @dataclass(frozen=True)
@@ -152,25 +242,30 @@ class VarlenPlan:
     kv_rows: Tensor | slice  # of the whole stream; rows one by one where a prefix is repeated before its responses
 
 
-def _varlen_plan(pieces: list[SegmentPiece], device: torch.device) -> VarlenPlan:
+def _varlen_plan(pieces: list[SegmentPiece], device: torch.device, *, ahead: bool) -> VarlenPlan:
     bounds_q, bounds_kv = [0], [0]
     for piece in pieces:
         bounds_q.append(bounds_q[-1] + piece.end - piece.start)
         bounds_kv.append(bounds_kv[-1] + piece.length)
+    arrays = [np.array(bounds, np.int32) for bounds in (bounds_q, bounds_kv)]
+    kv_rows = _kv_rows([keys for piece in pieces for keys in piece.keys])
+    cu_seqlens_q, cu_seqlens_kv, *moved = to_device(
+        arrays if isinstance(kv_rows, slice) else [*arrays, kv_rows], device, ahead=ahead
+    )
     return VarlenPlan(
         queries=slice(pieces[0].start, pieces[-1].end),
-        cu_seqlens_q=torch.tensor(bounds_q, dtype=torch.int32, device=device),
-        cu_seqlens_kv=torch.tensor(bounds_kv, dtype=torch.int32, device=device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
         max_q=max(piece.end - piece.start for piece in pieces),
         max_kv=max(piece.length for piece in pieces),
-        kv_rows=_kv_rows([keys for piece in pieces for keys in piece.keys], device),
+        kv_rows=kv_rows if isinstance(kv_rows, slice) else moved[0],
     )
 
 
-def _kv_rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | slice:
+def _kv_rows(ranges: list[tuple[int, int]]) -> np.ndarray | slice:
     if all(before[1] == after[0] for before, after in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
-    return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
+    return np.concatenate([np.arange(start, end) for start, end in ranges])
 
 
 @dataclass(frozen=True)

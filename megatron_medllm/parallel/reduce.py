@@ -16,9 +16,20 @@ def sum_metrics(parts: list[dict[str, torch.Tensor]], names: tuple[str, ...], ru
             count: of what they know together, all but one must have left zeros.
     """
     total = torch.zeros(len(names), dtype=torch.float64)
-    if runtime.is_last_stage and runtime.tp_rank == 0:
-        for part in parts:
-            total += torch.stack([part[name].detach().double().cpu() for name in names])
+    if runtime.is_last_stage and runtime.tp_rank == 0 and parts:
+        for row in _on_host([part[name].detach() for part in parts for name in names]).view(len(parts), -1):
+            total += row
     total = total.to(runtime.device)
     dist.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True))
+
+
+def _on_host(scalars: list[torch.Tensor]) -> torch.Tensor:
+    """Scalars [] of any dtypes, some on the device, as one fp64 tensor: one copy, which waits once for the device."""
+    values = torch.empty(len(scalars), dtype=torch.float64)
+    far = [i for i, scalar in enumerate(scalars) if scalar.device.type != "cpu"]
+    near = [i for i, scalar in enumerate(scalars) if scalar.device.type == "cpu"]
+    for places in (near, far):
+        if places:
+            values[places] = torch.stack([scalars[i].double() for i in places]).cpu()
+    return values

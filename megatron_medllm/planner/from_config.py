@@ -32,5 +32,6 @@ def workload_of(run: RunConfig) -> Workload:
         global_batch_size=batch,
         lora_rank=config.adapter.rank if config.adapter else 16,
         lora_targets=config.adapter.targets if config.adapter else (),
+        moments_bytes=4 if config.optimizer.moments_dtype == "bfloat16" else 8,
         token_budget=getattr(config, "train_tokens", None),
     )

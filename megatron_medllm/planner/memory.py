@@ -15,7 +15,6 @@ from megatron_medllm.planner.schedule import Pass, stage_order
 from megatron_medllm.planner.workload import Workload
 
 GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
-MOMENTS_BYTES = 8  # Adam's two moments, fp32
 MAIN_WEIGHT_BYTES = 4
 # Share of the activations' bytes that the caching allocator cannot reuse (expandable segments keep it small).
 FRAGMENTATION = 0.05
@@ -115,7 +114,7 @@ def optimizer_bytes(workload: Workload, *, stage: int, dp_rank: int) -> dict[str
     return {
         "gradients": GRADIENT_BYTES * sum(b.numel for b in buffers),
         "main weights": main * owned,
-        "optimizer moments": MOMENTS_BYTES * owned,
+        "optimizer moments": workload.moments_bytes * owned,
     }
 
 

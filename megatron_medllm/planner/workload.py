@@ -40,6 +40,7 @@ class Workload:
     attended_length: int | None = None
     overlap_grad_reduce: bool = True
     token_budget: int | None = None
+    moments_bytes: int = 8  # of Adam's two moments of a weight: 8 in fp32, 4 in bf16
 
     def __post_init__(self) -> None:
         self.layout.check_model(self.shape)

@@ -20,6 +20,10 @@ from megatron_medllm.storage import read_json, write_json
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+# What an orphaned stage gets to write its checkpoint in, once asked; then it is killed: a checkpoint is whole or not there.
+SAVE_GRACE_S = 600.0
+# Only a process that hangs in the kernel, mostly on a dead file system, outlives SIGKILL for so long.
+KILL_GRACE_S = 30.0
 
 
 @dataclass
@@ -30,9 +34,9 @@ class Owner:
     command: str
     since: str
 
-    def write(self, *, stage: str | None = None, child: int | None = None) -> None:
+    def write(self, stage: str | None = None, child: ProcessId | None = None) -> None:
         """Say who works here, and which process runs which stage."""
-        worker = None if child is None else {"name": stage, **asdict(ProcessId.of(child))}
+        worker = None if child is None else {"name": stage, **asdict(child)}
         row = {**asdict(ProcessId.own()), "command": self.command, "since": self.since, "stage": worker}
         write_json(self.path, row)
 
@@ -41,19 +45,20 @@ class Owner:
 def owning(run_dir: Path, command: str) -> Iterator[Owner]:
     """Own the run directory while the block runs.
 
-    What a killed owner's stage is still doing is asked to save, and waited for.
+    What a killed owner's stage is still doing is asked to save, waited for, and killed when it does not end.
 
     Raises:
-        UserError: another process owns it; names the process.
+        UserError: another process owns it, or what it left running cannot be ended; names the process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     owner = Owner(run_dir / "owner.json", command, time.strftime("%Y-%m-%d %H:%M:%S"))
     with _guard(run_dir):
         orphan = _free(owner.path)
+        owner.write(*(orphan or ()))
+    if orphan is not None:
+        _end(*orphan)  # where that fails or is interrupted, the file goes on to name the stage
         owner.write()
     try:
-        if orphan is not None:
-            _end(*orphan)
         yield owner
     finally:
         owner.path.unlink(missing_ok=True)
@@ -99,10 +104,31 @@ def _free(path: Path) -> tuple[str, ProcessId] | None:
 
 
 def _end(stage: str, process: ProcessId) -> None:
-    log.warning("stage %s (%s) has outlived its pipeline: asked to save and stop, waiting for it", stage, process)
+    """End what a dead owner left running.
+
+    Raises:
+        UserError: not even SIGKILL ends it.
+    """
+    log.warning(
+        "stage %s (%s) has outlived its pipeline: asked to save and stop; it is killed if it runs on for %g s",
+        *(stage, process, SAVE_GRACE_S),
+    )
     process.signal(signal.SIGTERM)
+    if _ends_within(SAVE_GRACE_S, process):
+        return
+    log.warning("stage %s (%s) has not stopped within %g s: killed", stage, process, SAVE_GRACE_S)
+    process.signal(signal.SIGKILL, group=True)
+    if not _ends_within(KILL_GRACE_S, process):
+        raise UserError(f"stage {stage} ({process}) still works here and cannot be killed: end it, then run again")
+
+
+def _ends_within(seconds: float, process: ProcessId) -> bool:
+    deadline = time.monotonic() + seconds
     while process.lives():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(_POLL_S)
+    return True
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.evaluation.run_report import table
+from megatron_medllm.processes import ProcessId
 from megatron_medllm.progress import FILE_VARIABLE
 from megatron_medllm.provenance import environment
 from megatron_medllm.recipe.inputs import DigestMemory, input_digests
@@ -116,7 +117,7 @@ def _run_stage(
     with open(log_path, "ab") as log:
         environment = os.environ | {FILE_VARIABLE: str(progress_path)}
         with stop.started(command, stdout=log, environment=environment) as child:
-            owner.write(stage=stage.name, child=child.pid)
+            owner.write(stage.name, ProcessId.of(child.pid))
             status = _wait(child, progress_path, bars, bar)
     owner.write()
     bars.remove_task(bar)

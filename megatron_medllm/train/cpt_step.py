@@ -28,6 +28,7 @@ from megatron_medllm.losses.cpt import cpt_loss
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.parallel.staging import runs_ahead
 from megatron_medllm.storage import digest_value, write_json
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class CptStep:
 
     def __init__(self, run: RunConfig, config: CptConfig, runtime: Runtime, *, output_dir: Path) -> None:
         self._config, self._runtime, self._backend = config, runtime, run.model.backend
+        self._ahead = runs_ahead(run.kernels.copies, runtime.device)
         blend = resolve_blend(config.data)
         self.end_token_id = blend.eod_id
         vocab_size = run.model.resolve_shape().vocab_size
@@ -114,18 +116,29 @@ class CptStep:
         # Every counted token's loss is -log p: its gradient is known before the backward pass.
         uniform_grad = None if self._config.z_loss else -1.0
         inputs = micro_batch.model_inputs(
-            self._runtime.device, backend=self._backend, uniform_grad=uniform_grad, split=self._runtime.split
+            self._runtime.device,
+            backend=self._backend,
+            uniform_grad=uniform_grad,
+            split=self._runtime.split,
+            ahead=self._ahead,
         )
-        return chunk(**inputs), partial(self._loss, micro_batch, inputs["labels"][0] != IGNORED)
+        counted = inputs["packed_seq_params"].counted_rows
+        return chunk(**inputs), partial(
+            self._loss, micro_batch, inputs["labels"][0] != IGNORED if counted is None else counted
+        )
 
     def _loss(
         self, micro_batch: MicroBatch, counted: Tensor, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
+        """`counted`: a mask [t/cp], or the rows' indices."""
         loss = cpt_loss(output[0], output[1], counted, z_loss=self._config.z_loss)
-        count = counted.sum()
+        if counted.dtype is torch.bool:
+            count = counted.sum()
+        else:
+            count = torch.full((), len(counted), dtype=torch.int64, device=counted.device)
         # Context-parallel ranks hold the same stream: each counts its own tokens, one of them what all attend to.
         attended = micro_batch.attended if self._runtime.cp_rank == 0 else 0
-        work = {"tokens": torch.tensor(len(counted)), "attended": torch.tensor(attended)}
+        work = {"tokens": torch.tensor(len(output[0])), "attended": torch.tensor(attended)}
         return loss, count.int(), {"loss": loss.detach(), "count": count, **work}
 
     def consumed(self, step: int) -> list[Any]:

@@ -21,6 +21,7 @@ from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
 from megatron_medllm.parallel.runtime import Runtime
+from megatron_medllm.parallel.staging import runs_ahead, to_device
 from megatron_medllm.storage import write_json
 from megatron_medllm.train.reference import quantized_base, reference_key
 from megatron_medllm.train.response_sums import sum_by_response
@@ -61,6 +62,7 @@ class RpoStep:
     def __init__(self, run: RunConfig, config: RpoConfig, runtime: Runtime) -> None:
         self._run, self._config, self._runtime = run, config, runtime
         self._share_prompt = shares_prompt(run, config)
+        self._ahead = runs_ahead(run.kernels.copies, runtime.device)
         self._quantized = quantized_base(config) is not None or config.fp8_gemms is not None
         pair_set = load_run_pairs(run, config)
         if runtime.is_main:
@@ -92,13 +94,13 @@ class RpoStep:
     def forward(self, iterator: Iterator[PairMicroBatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(iterator)
         inputs = micro_batch.model_inputs(
-            self._runtime.device, backend=self._run.model.backend, split=self._runtime.split
+            self._runtime.device, backend=self._run.model.backend, split=self._runtime.split, ahead=self._ahead
         )
         return chunk(**inputs), partial(self._loss, micro_batch)
 
     def _loss(self, micro_batch: PairMicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
         device = output[0].device
-        count = torch.tensor(len(micro_batch.rows), dtype=torch.int32, device=device)
+        count = torch.full((), len(micro_batch.rows), dtype=torch.int32, device=device)
         pairs = [self.pairs[row] for row in micro_batch.rows]
         tokens = {
             "tokens": torch.tensor(len(micro_batch.tokens)),
@@ -108,14 +110,19 @@ class RpoStep:
         if not pairs:
             zeros = dict.fromkeys(("loss", "abs_margin", *_NAMES), torch.zeros(()))
             return output[0].sum() * 0.0, *self._counted_once(count, {**tokens, **zeros})
-        reference = [self._reference.get(row, (0.0, 0.0)) for row in micro_batch.rows]
+        columns = [
+            *zip(*(self._reference.get(row, (0.0, 0.0)) for row in micro_batch.rows), strict=True),
+            [pair.weight for pair in pairs],
+        ]
+        chosen, rejected, weights = to_device(
+            [np.array(column, np.float32) for column in columns], device, ahead=self._ahead
+        )
         logprobs = PairLogprobs(
-            **sum_by_response(output[0], micro_batch, self._runtime),
-            reference_chosen=torch.tensor([chosen for chosen, _ in reference], device=device),
-            reference_rejected=torch.tensor([rejected for _, rejected in reference], device=device),
+            **sum_by_response(output[0], micro_batch, self._runtime, ahead=self._ahead),
+            reference_chosen=chosen,
+            reference_rejected=rejected,
         )
         loss, metrics = rpo_loss(logprobs, self._config.loss)
-        weights = torch.tensor([pair.weight for pair in pairs], device=device)
         total = (loss * weights).sum()
         sums = {name: metrics[name].sum() for name in _NAMES} | {"abs_margin": metrics["margin"].abs().sum()}
         return total, *self._counted_once(count, {"loss": total.detach(), **tokens, **sums})

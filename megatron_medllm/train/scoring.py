@@ -18,6 +18,7 @@ from megatron_medllm.data.pairs import Pair, PairSet, load_pairs
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel.staging import runs_ahead
 from megatron_medllm.progress import progress
 from megatron_medllm.train.model import build_chunks, refuse_random_reference
 from megatron_medllm.train.reference import reference_adapter, reference_key
@@ -138,13 +139,18 @@ def score_streams(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities and lengths of the pairs `rows`, gathered from all replicas; `streams` are this one's share."""
 
+    ahead = runs_ahead(run.kernels.copies, ranks.device)
+
     def forward(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         stream = next(iterator)
-        output = chunk(**stream.model_inputs(ranks.device, backend=run.model.backend, split=ranks.split))
-        return output, partial(_collect, stream, ranks)
+        inputs = stream.model_inputs(ranks.device, backend=run.model.backend, split=ranks.split, ahead=ahead)
+        return chunk(**inputs), partial(_collect, stream, ranks, ahead)
 
     found = mcore.run_micro_batches(forward, chunks, streams, stream_length=config.stream_length, forward_only=True)
-    scored = {row: values for part in found for row, values in part["rows"].items()} if ranks.tp_rank == 0 else {}
+    scored: dict[int, list[float]] = {}
+    if ranks.tp_rank == 0:
+        for part in found:
+            scored |= zip(part["rows"], part["columns"].tolist(), strict=True)
     gathered: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(gathered, scored)
     table = {row: values for part in gathered for row, values in part.items()}
@@ -154,10 +160,10 @@ def score_streams(
 
 
 def _collect(
-    stream: PairMicroBatch, ranks: runtime.Runtime, output: tuple[Tensor, Tensor]
+    stream: PairMicroBatch, ranks: runtime.Runtime, ahead: bool, output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, dict]:
     token_logprobs = output[0]
-    count = torch.tensor(len(stream.rows), dtype=torch.int32, device=token_logprobs.device)
-    sums = sum_by_response(token_logprobs, stream, ranks)
+    count = torch.full((), len(stream.rows), dtype=torch.int32, device=token_logprobs.device)
+    sums = sum_by_response(token_logprobs, stream, ranks, ahead=ahead)
     columns = torch.stack([sums[name] for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")], dim=1)
-    return token_logprobs.sum(), count, {"rows": dict(zip(stream.rows, columns.tolist(), strict=True))}
+    return token_logprobs.sum(), count, {"rows": stream.rows, "columns": columns}

@@ -88,7 +88,7 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
     mcore_config = unwrap(chunks[0]).config
     identity["ffn_hidden_size"] = mcore_config.ffn_hidden_size  # as padded for FP8: with tp, unless ffn_multiple is set
     chunks = mcore.wrap_ddp(chunks, mcore_config, run.layout)
-    optimizer = mcore.build_optimizer(chunks, mcore_config, config.optimizer, run.layout)
+    optimizer = mcore.build_optimizer(chunks, mcore_config, config.optimizer, run.layout, helpers=run.kernels.optimizer)
 
     def describe(checkpoint: Path) -> None:
         stored = adapter and adapter.model_copy(update={"path": None})

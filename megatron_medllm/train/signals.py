@@ -54,9 +54,10 @@ class StopRequests:
         """Why the run should save and stop now; the same answer on every process. Collective."""
         votes = torch.tensor([self._signal is not None, self.is_late()], dtype=torch.int32, device=runtime.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        if votes[0]:
+        signalled, late = votes.tolist()
+        if signalled:
             return self._signal or "a signal on another process"
-        return "the time limit" if votes[1] else None
+        return "the time limit" if late else None
 
 
 def allotted_s() -> float:

@@ -89,7 +89,7 @@ class Watch:
         mine = torch.tensor([own, clock.parts["forward_backward"]], dtype=torch.float64, device=self._runtime.device)
         everyone = [torch.empty_like(mine) for _ in range(self._runtime.world_size)]
         dist.all_gather(everyone, mine)
-        own_s, whole_s = (list(column) for column in zip(*(row.tolist() for row in everyone), strict=True))
+        own_s, whole_s = torch.stack(everyone, dim=1).tolist()
         self._stragglers.note(own_s)
         if self._runtime.is_main:
             self._warn(step + 1)

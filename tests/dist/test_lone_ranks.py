@@ -1,6 +1,7 @@
 """`medllm bench rank`: one rank without the others holds what it holds among them, and what the plan says."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,5 +72,24 @@ def test_the_command_reports_a_rank_and_refuses_one_that_is_not_there(tmp_path: 
     status, output = run_medllm("bench", "rank", recipe, "--rank", "5", "--steps", "1")
     assert status == 0 and "# Rank 5 (tp 1, pp 1, dp 0, cp 0) alone" in output, output
     assert "| optimizer moments |" in output
+    assert re.search(
+        r"rank 5: peak [\d.]+ GiB \(planned [\d.]+, [-+][\d.]+ %\); .* \(no plan for this device\)", output
+    )
     status, output = run_medllm("bench", "rank", recipe, "--rank", "8")
     assert status == 2 and "rank 8 is not one of the layout's 8 (0 to 7)" in output
+
+
+def test_the_time_of_a_lone_rank_is_planned_from_its_own_layers(tmp_path: Path) -> None:
+    """The stages' computing times, without exchanges and waiting, are what the plan of the whole layout is made of."""
+    from megatron_medllm.bench.rank import planned_compute_s
+    from megatron_medllm.config.run import load
+    from megatron_medllm.planner.from_config import workload_of
+    from megatron_medllm.planner.hardware import load_hardware
+    from megatron_medllm.planner.step_time import step_time
+
+    run = load(write_recipe(tmp_path), [])
+    workload = workload_of(run)
+    parts = step_time(workload, load_hardware("h200")).parts_s
+    last = planned_compute_s(run, "h200", 1, micro_batches=workload.num_microbatches)
+    assert last == pytest.approx(parts["matrix products"] + parts["attention"] + parts["memory-bound kernels"])
+    assert planned_compute_s(run, "h200", 0, micro_batches=2) < planned_compute_s(run, "h200", 1, micro_batches=2)

@@ -1,7 +1,9 @@
 """A handle on the local Slurm: submits to it, waits for jobs, breaks nodes; and what jobs leave behind."""
 
 import json
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,13 +69,22 @@ class LocalSlurm:
         """Wait until every stage has ended well; fail as soon as one has not, with its reason."""
 
         def all_completed() -> bool:
-            states = {stage: self.job_state(job_id) for stage, job_id in job_ids.items()}
-            dead = [stage for stage, state in states.items() if state in DEAD]
+            # Of an array, every task has a line.
+            states = {stage: self.job_state(job_id).splitlines() for stage, job_id in job_ids.items()}
+            dead = [stage for stage, found in states.items() if set(found) & set(DEAD)]
             reasons = {s: ended(run, s) for s in dead if RunFiles(run).ended(s).exists()}
             assert not dead, f"{states}\n{json.dumps(reasons, indent=1)}"
-            return set(states.values()) == {"COMPLETED"}
+            return all(set(found) == {"COMPLETED"} for found in states.values())
 
         self.wait(all_completed, f"the chain of {run.name}")
+
+
+def medllm_submit(recipe: Path, *options: str) -> dict[str, str]:
+    """`medllm submit` as a user calls it; the job ids that it prints, by stage."""
+    command = [sys.executable, "-m", "megatron_medllm", "submit", str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(re.findall(r"^(\S+) +job (\d+)$", done.stdout, re.MULTILINE))
 
 
 def output(*command: str) -> str:

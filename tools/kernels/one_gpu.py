@@ -1,6 +1,6 @@
 """Kernels on one H200 (or H100), under ten minutes: ceilings, exactness, the head, FP8 linears, four layers of 7B.
 
-Usage: python tools/kernels/one_gpu.py --out DIR [--wheels DIR] [--limit-s 540]
+Usage: python tools/kernels/one_gpu.py --out DIR [--sections NAME ...] [--only 7B] [--wheels DIR] [--limit-s 540]
        python tools/kernels/one_gpu.py --out DIR --tiny      the same code end to end on tiny shapes, on a CPU too
 
 Writes DIR/rows.jsonl after every measurement and DIR/report.md at the end. `--wheels` holds wheels of the peers
@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_medllm.kernels.fp8 import fp8_frozen_linear, fp8_linear, quantize_weight
+from megatron_medllm.kernels.fp8.products import scaled_matmul
+from megatron_medllm.kernels.fp8.quantize import quantize_activation
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.storage import atomic_write
 
@@ -51,7 +53,12 @@ class Bench:
     out: Path
     tiny: bool
     deadline: float
+    only: str = ""
     rows: list[dict] = field(default_factory=list)
+
+    def wanted(self, shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Those of models whose name begins with `only`."""
+        return {name: shape for name, shape in shapes.items() if name.startswith(self.only)}
 
     def record(self, section: str, name: str, **figures: object) -> None:
         row = {"section": section, "name": name, **figures}
@@ -154,10 +161,10 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
     def eager() -> Tensor:
         return F.cross_entropy((hidden @ weight.t()).float(), target)
 
-    def liger() -> Tensor:
+    def liger(head: Tensor = weight) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        return LigerFusedLinearCrossEntropyLoss()(weight, hidden, target)
+        return LigerFusedLinearCrossEntropyLoss()(head, hidden, target)
 
     def cut() -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -169,6 +176,7 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
     yield "ours, frozen", ours(frozen_weight=True)
     yield "ours, general, torch row passes", ours(backend="torch")
     yield "liger", liger
+    yield "liger, frozen", lambda: liger(weight.detach())
     yield "cut cross-entropy", cut
     yield "eager", eager
     yield "torch.compile", torch.compile(eager, dynamic=False)  # half a minute of compilation
@@ -176,7 +184,7 @@ def head_variants(hidden: Tensor, weight: Tensor, target: Tensor) -> Iterator[tu
 
 def sweep_heads(bench: Bench, token_counts: tuple[int, ...], *, compiled: bool) -> None:
     """Forward + backward of every variant, and our forward alone; or of `torch.compile` alone."""
-    shapes = {"tiny": (64, 1000)} if bench.tiny else HEADS
+    shapes = {"tiny": (64, 1000)} if bench.tiny else bench.wanted(HEADS)
     for tokens, (model, (hidden_size, vocab)) in itertools.product(token_counts, shapes.items()):
         hidden = bench.randn(tokens, hidden_size).requires_grad_()
         weight = bench.randn(vocab, hidden_size, scale=0.02).requires_grad_()
@@ -205,7 +213,7 @@ def time_scoring(bench: Bench, score: Callable[[], Tensor]) -> dict:
 def measure_linears(bench: Bench) -> None:
     """Forward + backward with all casts: bf16, FP8 trained, FP8 frozen with a rank-16 adapter."""
     tokens = 64 if bench.tiny else 8192
-    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else LINEARS.items():
+    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else bench.wanted(LINEARS).items():
         x = bench.randn(tokens, k).requires_grad_()
         weight = bench.randn(n, k, scale=0.02).requires_grad_()
         base = quantize_weight(weight.detach())
@@ -228,6 +236,40 @@ def measure_linears(bench: Bench) -> None:
                 layer().backward(dy)
 
             bench.try_record("linear", kind, lambda step=step: bench.timed(step), layer=name, tokens=tokens)
+
+
+def measure_recipes(bench: Bench) -> None:
+    """`scaled_mm` alone, operands already cast, at the shapes of a 7B layer: by kind of scale, beside bf16.
+
+    Whole-tensor and per-row scales are what a kernel with cheaper scales could reach at most.
+    """
+    tokens = 64 if bench.tiny else 8192
+    for name, (n, k) in {"tiny": (256, 384)}.items() if bench.tiny else LINEARS.items():
+        if not name.startswith(("7B", "tiny")):
+            continue
+        x, weight = bench.randn(tokens, k), bench.randn(n, k, scale=0.02)
+        one, rows, columns = (torch.ones(shape, device=bench.device) for shape in ((), (tokens, 1), (1, n)))
+        cast, base = (value.to(torch.float8_e4m3fn) for value in (x, weight))
+        blocks, weight_blocks = quantize_activation(x)[0], quantize_weight(weight)
+
+        def scaled(a: Tensor, b: Tensor, *, fast: bool, cast: Tensor = cast, base: Tensor = base) -> Tensor:
+            return torch._scaled_mm(cast, base.t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+        products = {
+            "bf16": lambda x=x, w=weight: x @ w.t(),
+            "blocks 1x128 by 128x128": lambda a=blocks, b=weight_blocks: scaled_matmul(a, b, out_dtype=torch.bfloat16),
+            "rows": lambda a=rows, b=columns, scaled=scaled: scaled(a, b, fast=True),
+            "tensor": lambda a=one, scaled=scaled: scaled(a, a, fast=True),
+            "tensor, exact sums": lambda a=one, scaled=scaled: scaled(a, a, fast=False),
+            "cast of x alone": lambda x=x: quantize_activation(x),
+        }
+        for kind, product in products.items():
+
+            def measure(kind: str = kind, product: Callable[[], object] = product, n: int = n, k: int = k) -> dict:
+                ms = bench.timed(product, repeats=10)["ms"]
+                return {"ms": ms} | ({} if "cast" in kind else {"tflops": round(2 * tokens * n * k / ms / 1e9, 1)})
+
+            bench.try_record("product", kind, measure, layer=name, tokens=tokens)
 
 
 class Slice(torch.nn.Module):
@@ -331,12 +373,30 @@ def write_report(bench: Bench) -> None:
         stream.write(("\n".join(lines) + "\n").encode())
 
 
+def sweep_first(bench: Bench, *, compiled: bool = False) -> None:
+    sweep_heads(bench, (128,) if bench.tiny else (8192,), compiled=compiled)
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": measure_ceilings,
+    "head-check": check_head,
+    "head": sweep_first,
+    "linears": measure_linears,
+    "recipes": measure_recipes,
+    "slice": measure_slice,
+    "more-heads": lambda bench: sweep_heads(bench, () if bench.tiny else (2048, 16384), compiled=False),
+    "compiled": lambda bench: sweep_first(bench, compiled=True),
+}
+
+
 def main() -> int:
     """Run all sections within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--limit-s", type=float, default=540)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these, in this order")
+    parser.add_argument("--only", default="", help="models whose name begins so: 7B, 72B")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
@@ -345,15 +405,12 @@ def main() -> int:
         add_wheels(arguments.wheels)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s)
-    measure_ceilings(bench)
-    check_head(bench)
-    first, others = ((128,), ()) if bench.tiny else ((8192,), (2048, 16384))
-    sweep_heads(bench, first, compiled=False)
-    measure_linears(bench)
-    measure_slice(bench)
-    sweep_heads(bench, others, compiled=False)
-    sweep_heads(bench, first, compiled=True)
+    bench = Bench(device, arguments.out, arguments.tiny, time.monotonic() + arguments.limit_s, arguments.only)
+    for section in arguments.sections:
+        try:
+            SECTIONS[section](bench)
+        except RuntimeError as error:  # out of memory, a kernel that this device has not: the next section goes on
+            bench.record(section, "the section", failed=f"{type(error).__name__}: {str(error)[:300]}")
     write_report(bench)
     return 0
 

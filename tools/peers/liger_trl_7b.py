@@ -1,11 +1,13 @@
 """Peers at 7B on one GPU, under ten minutes: HF + peft + Liger in continued pretraining, TRL's DPOTrainer in RPO.
 
-Usage: python tools/peers/liger_trl_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150] [--rows PART ...]
+Usage: python tools/peers/liger_trl_7b.py --out rows.jsonl [--limit-s 540] [--row-limit-s 150]
+           [--rows PART ... [--exact]]
        python tools/peers/liger_trl_7b.py --out rows.jsonl --tiny   the same code on a tiny model, on a CPU too
 
 Models have the shape of Qwen2.5-7B (152,064 words, untied) and random weights made on the GPU in bf16; LoRA of rank 16
 on all linears, SDPA. `cpt` rows: a bare loop (peft, bf16 adapters, Liger's RoPE, RMSNorm, SwiGLU and fused linear CE,
-torch's fused AdamW), one packed row a step, attention across its documents. `dpo` rows: TRL's trainer with its own
+torch's fused AdamW), one packed row a pass and one pass a step (`packed`: 4 passes), attention across its documents.
+`dpo` rows: TRL's trainer with its own
 adapters (fp32 under bf16 autocast, its default), `sigmoid` + `sft`, 8 synthetic pairs a step: prompts of 300 tokens,
 answers of 200 to 400. TRL 1.16 takes Liger's layer kernels but always its own fused head. 2 steps warm up, 4 count;
 set-up and the reference's pass are not timed. Tokens of a pair are counted as of two documents, padding is not counted.
@@ -39,6 +41,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 SIZE_7B, SIZE_TINY = (152064, 3584, 18944, 28, 28, 4), (512, 64, 128, 2, 4, 2)
 ROWS: dict[str, dict[str, Any]] = {
     "cpt 4096": {"kind": "cpt", "sequence": 4096, "checkpointing": False},
+    "cpt 4096 packed": {"kind": "cpt", "sequence": 4096, "checkpointing": False, "rows": 4},
     "cpt 4096, checkpointing": {"kind": "cpt", "sequence": 4096, "checkpointing": True},
     "cpt 8192": {"kind": "cpt", "sequence": 8192, "checkpointing": False},
     "cpt 8192, checkpointing": {"kind": "cpt", "sequence": 8192, "checkpointing": True},
@@ -56,6 +59,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=540)
     parser.add_argument("--row-limit-s", type=float, default=150)
     parser.add_argument("--rows", nargs="+", default=[""], help="rows whose name holds one of these")
+    parser.add_argument("--exact", action="store_true", help="--rows are whole names")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -68,7 +72,8 @@ def main() -> int:
         print(json.dumps(measure(tiny=arguments.tiny, **settings)))
         return 0
     deadline = time.monotonic() + arguments.limit_s
-    for row in ["machine"] + [row for row in ROWS if any(part in row for part in arguments.rows)]:
+    wanted = [row for row in ROWS if any(part == row if arguments.exact else part in row for part in arguments.rows)]
+    for row in ["machine", *wanted]:
         seconds = min(arguments.row_limit_s, deadline - time.monotonic())
         found = machine() if row == "machine" else ROWS[row] | in_new_process(row, seconds, tiny=arguments.tiny)
         line = json.dumps({"row": row, "tiny": arguments.tiny} | found)
@@ -149,7 +154,7 @@ def make_model(*, tiny: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
-def measure_cpt(*, tiny: bool, sequence: int, checkpointing: bool) -> dict[str, Any]:
+def measure_cpt(*, tiny: bool, sequence: int, checkpointing: bool, rows: int = 1) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     meter = Meter()
@@ -168,15 +173,16 @@ def measure_cpt(*, tiny: bool, sequence: int, checkpointing: bool) -> dict[str, 
     losses, words, sequence = [], model.config.vocab_size, sequence // 64 if tiny else sequence
     meter.start()
     for _ in range(WARM_UP + MEASURED):
-        ids = torch.randint(2, words, (1, sequence), device=DEVICE)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        for _ in range(rows):
+            ids = torch.randint(2, words, (1, sequence), device=DEVICE)
+            loss = model(input_ids=ids, labels=ids).loss / rows
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         meter.step()
-        losses.append(float(loss.detach()))
-    return meter.result(tokens=MEASURED * sequence, first_loss=losses[0])
+        losses.append(float(loss.detach()) * rows)
+    return meter.result(tokens=MEASURED * rows * sequence, first_loss=losses[0])
 
 
 def measure_dpo(*, tiny: bool, checkpointing: bool, precomputed: bool = True, pairs_a_pass: int = PAIRS) -> dict:

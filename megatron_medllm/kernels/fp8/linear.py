@@ -46,6 +46,11 @@ def fp8_frozen_linear(x: Tensor, weight: BlockScaled, bias: Tensor | None = None
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])  # autograd lets a caller add to y, not to a view
 
 
+def fp8_input_gradient(dy: Tensor, weight: BlockScaled) -> Tensor:
+    """dy [T, n] -> dy W [T, k] in dy's dtype: the gradient that `fp8_frozen_linear` gives its input."""
+    return scaled_matmul(quantize_activation(dy)[0], transpose_fp8(weight), out_dtype=dy.dtype)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: BlockScaled) -> Tensor:
@@ -61,7 +66,7 @@ class _FrozenLinear(torch.autograd.Function):
         wants_x, wants_bias, _ = ctx.needs_input_grad
         dx = None
         if wants_x:
-            dx = scaled_matmul(quantize_activation(dy)[0], transpose_fp8(ctx.weight), out_dtype=dy.dtype)
+            dx = fp8_input_gradient(dy, ctx.weight)
         return dx, dy.float().sum(0).to(ctx.bias_dtype) if wants_bias else None, None
 
 

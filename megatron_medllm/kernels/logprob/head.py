@@ -58,6 +58,7 @@ class _Plan:
     logits_dtype: torch.dtype
     chunk_tokens: int
     uniform_grad: Tensor | None
+    kept_rows: Tensor | None  # as the caller counted them; None: found here
 
 
 def fused_linear_logprob(
@@ -73,6 +74,7 @@ def fused_linear_logprob(
     chunk_tokens: int | None = None,
     frozen_weight: bool | None = None,
     uniform_grad: Tensor | float | None = None,
+    kept_rows: Tensor | None = None,
     backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """log softmax(l)[target] and logsumexp(l) per token, l = hidden weight^T.
@@ -99,13 +101,16 @@ def fused_linear_logprob(
             one scalar factor (CPT: minus the loss weight of each token). The gradients are then formed in the forward
             pass, and backward only finds the factor; it fails if upstream was not proportional to `uniform_grad`.
             The log-sum-exp is not differentiable in this mode. Without effect on a frozen weight.
+        kept_rows: [R] int64, ascending indices of the targets that are not `ignore_index`, where the caller knows them:
+            finding them here waits for a CUDA device.
         backend: row passes over the logits in `torch` or `triton`; `auto` takes triton on CUDA where installed.
 
     Returns:
         token_logprobs [T] fp32 and log-sum-exp [T] fp32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other; targets outside the vocabulary (RuntimeError on CUDA).
+        ValueError: shapes or dtypes that do not fit each other; targets outside the vocabulary, or other rows kept
+            than those that count (both a RuntimeError on CUDA).
         UserError: `backend="triton"` where triton cannot run.
     """
     _check_arguments(hidden, weight, target)
@@ -121,7 +126,9 @@ def fused_linear_logprob(
         mode = "general" if uniform_grad is None else "uniform"
     upstream = None
     if mode == "uniform":
-        upstream = torch.as_tensor(uniform_grad, dtype=torch.float32, device=hidden.device).expand(len(target))
+        if not isinstance(uniform_grad, Tensor):  # filled there: a copy of a number would wait for the device
+            uniform_grad = torch.full((), float(uniform_grad or 0.0), device=hidden.device)
+        upstream = uniform_grad.to(hidden.device, torch.float32).expand(len(target))
     plan = _Plan(
         mode=mode,
         rows=row_backend(backend, hidden.device.type),
@@ -133,6 +140,7 @@ def fused_linear_logprob(
         logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens or _default_chunk(hidden.device.type, weight.shape[0], logits_dtype),
         uniform_grad=upstream,
+        kept_rows=kept_rows,
     )
     return _FusedLinearLogprob.apply(hidden, weight.detach() if frozen else weight, target, plan)
 
@@ -315,16 +323,29 @@ def _combine_shards(stats: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[
 
 
 def _kept_rows(target: Tensor, plan: _Plan) -> Tensor | None:
-    """Indices of rows that count, None where all do. On CUDA this waits for the device once."""
+    """Indices of rows that count, None where all do. On CUDA this waits for the device, unless the caller knew them."""
     counted = target != plan.ignore_index
     legal = ~counted | ((target >= 0) & (target < plan.vocab_size))
     if target.is_cuda:
         torch._assert_async(legal.all(), "fused_linear_logprob: a target lies outside the vocabulary")
+        if plan.kept_rows is not None:
+            torch._assert_async(_are_counted(plan.kept_rows, counted), f"fused_linear_logprob: {_OTHER_ROWS}")
     elif not legal.all():
         row = int(torch.nonzero(~legal)[0])
         raise ValueError(f"target[{row}] is {int(target[row])}: outside the vocabulary of {plan.vocab_size}")
-    kept = counted.nonzero()[:, 0]
+    elif plan.kept_rows is not None and not _are_counted(plan.kept_rows, counted):
+        raise ValueError(_OTHER_ROWS)
+    kept = counted.nonzero()[:, 0] if plan.kept_rows is None else plan.kept_rows
     return None if len(kept) == len(target) else kept
+
+
+_OTHER_ROWS = "kept_rows are not the rows whose target counts"
+
+
+def _are_counted(kept: Tensor, counted: Tensor) -> Tensor:
+    """Whether `kept` names every counted row, and no other."""
+    marked = torch.zeros_like(counted).index_fill_(0, kept, True)
+    return (marked == counted).all() & (counted.sum() == len(kept))
 
 
 def _take(values: Tensor, kept: Tensor | None) -> Tensor:

@@ -92,6 +92,16 @@ def test_a_profile_is_one_step_more_and_names_what_the_time_went_to(tmp_path: Pa
     kinds = [line.split(" | ")[0].removeprefix("| ") for line in lines[2 : lines.index("")]]
     assert {"matrix products", "attention", "element-wise and reductions"} <= set(kinds)
     assert any(line.startswith("| aten::mm |") for line in lines)
+    profiled = json.loads((tmp_path / "profile.json").read_text())
+    assert profiled["wall_s"] > 0 and "gap_s" not in profiled  # no device whose waiting could be told
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+def test_a_recipe_that_validates_is_measured_on_random_data(tmp_path: Path) -> None:
+    """Nothing of random data is held out; the examples all validate."""
+    base = RECIPE["base"] | {"validate_every_steps": 1}
+    settings = BenchSettings(output=tmp_path, warmup_steps=0, steps=1, synthetic=SyntheticData(document_length=20))
+    assert json.loads(measure(recipe(tmp_path, base=base), settings).read_text())["steps"] == 1
 
 
 def test_work_of_shared_prompts_and_padding() -> None:

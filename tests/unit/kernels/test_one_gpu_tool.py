@@ -24,11 +24,12 @@ def test_tiny_run(tmp_path: Path):
         "ceiling",
         "head against float64",
         "linear",
+        "product",
         "four layers of 7B",
         "head",
     }
-    peers = {"liger", "cut cross-entropy"}
-    assert not [row for row in rows if "failed" in row and row["name"] not in peers]
+    not_here = {"liger", "liger, frozen", "cut cross-entropy", "rows"}  # a CPU's `scaled_mm` knows no scale a row
+    assert not [row for row in rows if "failed" in row and row["name"] not in not_here]
     checks = [row for row in rows if row["section"] == "head against float64"]
     assert all(row["max_logprob_error"] < 1e-5 and row["hidden_grad_error"] < 4e-3 for row in checks)
     report = (tmp_path / "report.md").read_text()

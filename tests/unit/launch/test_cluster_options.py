@@ -146,6 +146,18 @@ def test_the_command_at_the_end_gets_the_verdict(tmp_path: Path, endings: dict[s
     assert seen.read_text().split("|")[:-1] == [str(files.run), *told, *told[:2]]
 
 
+def test_the_command_at_the_end_is_told_which_shard_failed(tmp_path: Path) -> None:
+    files, seen = RunFiles(tmp_path), tmp_path / "seen"
+    array = StageJob(name="pairs-shards", script="eval", command=(), array_size=3)
+    command = f'printf "%s|" "$3" "$4" >{seen}'
+    for job in (array, StageJob(name="on-end", script="end", command=(command,), after=("pairs-shards",))):
+        write_specification(files, job, {})
+    for task, outcome in enumerate(("finished", "failed", "finished")):
+        write_json(files.ended(files.task("pairs-shards", task)), {"outcome": outcome, "reason": f"why {task}"})
+    assert on_end.main(tmp_path, "on-end") == 0
+    assert seen.read_text() == "pairs-shards|shard 2/3: why 1|"
+
+
 def test_what_follows_an_exam_with_requirements_waits_for_it(tmp_path: Path) -> None:
     def waits(*overrides: str) -> dict[str, set[str]]:
         run = load(LAPTOP, [f"run_dir={tmp_path}", *overrides])

@@ -361,14 +361,14 @@ def test_all_nodes_learn_of_an_unfit_one_and_fit_ones_wait_for_all(
     monkeypatch.setattr(node, "allocated_nodes", lambda: ["n1", "n2"])
     monkeypatch.setattr(node, "CHECK_IN_TIMEOUT_S", 0.2)
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "did not check in within 0.2 s"}
+    assert node.check_in(files, "cpt", spec, None) == {"n2": "did not check in within 0.2 s"}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # another start: the first one's files do not count
     folder = tmp_path / "launch" / "check-in" / "cpt" / "job0-restart1"
     write_json(folder / "n2.json", {"problem": "no disk"})
-    assert node.unfit_nodes(files, "cpt", spec, None) == {"n2": "no disk"}
+    assert node.check_in(files, "cpt", spec, None) == {"n2": "no disk"}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     write_json(folder.with_name("job0-restart2") / "n2.json", {"problem": None})
-    assert node.unfit_nodes(files, "cpt", spec, None) == {}
+    assert node.check_in(files, "cpt", spec, None) == {}
 
 
 def test_the_supervisor_runs_on_a_bare_python(tmp_path: Path) -> None:

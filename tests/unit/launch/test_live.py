@@ -19,6 +19,7 @@ from megatron_medllm.launch import live
 from megatron_medllm.launch.jobs import RunFiles, StageJob, write_specification
 from megatron_medllm.launch.live import RunStatus, find_status
 from megatron_medllm.launch.status import StageStatus, stage_status
+from megatron_medllm.processes import ProcessId
 from megatron_medllm.recipe.owner import owning
 from megatron_medllm.recipe.records import Record
 from megatron_medllm.recipe.stages import recipe_stages
@@ -85,7 +86,7 @@ def test_a_local_pipeline_shows_its_training_and_what_waits(tmp_path: Path) -> N
     write_json(run / "cpt" / "progress.json", {"total_steps": 90})
     (run / "cpt" / "metrics.jsonl").write_bytes(json.dumps(METRICS).encode() + b"\n")
     with owning(run, "medllm pipeline") as owner:
-        owner.write(stage="cpt", child=os.getpid())
+        owner.write("cpt", ProcessId.own())
         found = find_status(run)
         rows = by_name(found)
         assert (found.where, found.state, found.exit_status) == ("local", "running", 3)
@@ -96,7 +97,7 @@ def test_a_local_pipeline_shows_its_training_and_what_waits(tmp_path: Path) -> N
         line = next(line for line in found.report().splitlines() if line.startswith("cpt "))
         assert line.split()[2:] == ["running", "30/90", "2.5", "640", "0:02:00", "rank", "3", "(1.50x)", "0"]
         (run / "logs").mkdir()
-        owner.write(stage="pairs", child=os.getpid())
+        owner.write("pairs", ProcessId.own())
         progress = {"title": "pairs", "done": 3.0, "total": 8, "note": "3 kept"}
         (run / "logs" / "pairs.progress").write_text(json.dumps(progress))
         pairs = by_name(find_status(run))["pairs"]

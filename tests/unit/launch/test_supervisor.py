@@ -52,6 +52,31 @@ def test_an_earlier_starts_verdict_is_not_this_ones(run: Path) -> None:
     assert ended["reason"].startswith("the command failed with exit code 1") and "stall" not in ended
 
 
+@pytest.mark.parametrize("task", [None, "2"])
+def test_an_arrays_task_is_requeued_alone(run: Path, monkeypatch: pytest.MonkeyPatch, task: str | None) -> None:
+    """The last task has the array's own id: named by that, all tasks would be requeued, running and finished ones too."""
+    told = run / "told"
+    (run / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$*" >>{told}\n')
+    if task is not None:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+    write_json(RunFiles(run).unfit_nodes / "n3.json", {"reason": "no disk"})
+    supervisor.main(["end", str(run), "cpt", "86"])
+    name = "7_2" if task else "7"
+    assert told.read_text().splitlines() == [
+        *(f"requeuehold {name}", f"update JobId={name} ExcNodeList=n3", f"release {name}"),
+    ]
+
+
+def test_a_crash_is_put_down_to_its_last_line(run: Path) -> None:
+    log = run / "launch" / "logs" / "cpt" / "job7-restart1" / "node0" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("Traceback (most recent call last):\n  somewhere\nValueError: 3 of 4\n\n")
+    supervisor.main(["end", str(run), "cpt", "1"])
+    ended = read_json(RunFiles(run).ended("cpt"))
+    assert ended["reason"].startswith("the command failed with exit code 1: ValueError: 3 of 4")
+
+
 def test_a_slow_rank_is_reported_of_a_training_that_ended_well(run: Path) -> None:
     slow = {"step": 9, "ranks": [{"rank": 1, "reason": "rank 1 is slow"}], "job_id": "7", "restart": 1}
     write_json(run / "cpt" / "watch" / "slow.json", slow)

@@ -67,8 +67,8 @@ def test_formula_on_numbers_worked_out_by_hand():
     layer = model.decoder.layers[0].self_attention.linear_qkv
     assert isinstance(layer, AdaptedLinear)
     layer.weight, layer.bias = (
-        nn.Parameter(torch.tensor([[1.0, 2.0], [0.0, 1.0]])),
-        nn.Parameter(torch.tensor([10.0, 0])),
+        nn.Parameter(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), requires_grad=False),
+        nn.Parameter(torch.tensor([10.0, 0]), requires_grad=False),
     )
     layer.lora_a, layer.lora_b = nn.Parameter(torch.tensor([[1.0, -1.0]])), nn.Parameter(torch.tensor([[2.0], [5.0]]))
     y, bias = layer(torch.tensor([[[4.0, 1.0]]]))
