@@ -104,7 +104,7 @@ def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
 
 
 def split_of(mcore: str) -> tuple[Literal[0, 1] | None, int]:
-    """How tensor parallelism cuts a weight: the axis (None: every rank holds all of it), and into how many blocks first.
+    """How tensor parallelism cuts a weight: the axis (None: not at all), and into how many blocks each cut alone.
 
     Args:
         mcore: its name in Transformer Engine's spelling; a name that is not in the table is not cut.

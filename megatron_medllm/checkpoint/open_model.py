@@ -1,7 +1,7 @@
 """One door for every Megatron checkpoint: ours, Megatron-LM's, Megatron-Bridge's and NeMo's.
 
-What the formats differ in ends here. Export, verify, merging and training see a `WeightSource`, as they do for a Hugging
-Face (HF) directory.
+What the formats differ in ends here. Export, verify, merging and training see a `WeightSource`, as they do for a
+Hugging Face (HF) directory.
 """
 
 import logging
@@ -21,8 +21,8 @@ from megatron_medllm.checkpoint.stored import MegatronTensors, MegatronWeights, 
 from megatron_medllm.checkpoint.torch_dist import TorchDistReader
 from megatron_medllm.checkpoint.weight_source import WeightSource
 from megatron_medllm.config.megatron_dirs import MegatronDir, find_megatron
-from megatron_medllm.config.megatron_yaml import check_claims, check_computation, megatron_adapter, megatron_shape
-from megatron_medllm.config.model import ModelShape, shape_from_hf_config
+from megatron_medllm.config.megatron_yaml import check_claims, check_computation, megatron_adapter
+from megatron_medllm.config.model import ModelShape, shape_of_directory
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 
@@ -85,7 +85,7 @@ def open_checkpoint(path: Path, source_dir: Path | None = None, *, base_dir: Pat
         and (base_dir / "config.json").is_file()
     ):
         source_dir = base_dir
-    shape = _shape(place, source_dir)
+    shape = shape_of_directory(path, source_dir)
     tensors = _tensors(place)
     _check_arguments(place, tensors, shape)
     adapter = _adapter(place, tensors)
@@ -114,17 +114,6 @@ def open_weights(path: Path, shape: ModelShape) -> WeightSource:
     weights = MegatronWeights(tensors, shape)
     weights.refuse_other_head()
     return weights
-
-
-def _shape(place: MegatronDir, source_dir: Path | None) -> ModelShape:
-    source = None if source_dir is None else shape_from_hf_config(source_dir)
-    if place.writer != "medllm":
-        return megatron_shape(place, source)
-    if source is not None:
-        return source
-    if place.tokenizer is None:
-        raise UserError(f"{place.weights}: carries no config.json; name the model's HF directory as the source of it")
-    return shape_from_hf_config(place.tokenizer)
 
 
 def _tensors(place: MegatronDir) -> MegatronTensors:

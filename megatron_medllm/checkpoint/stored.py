@@ -1,8 +1,8 @@
 """Megatron's tensors where they lie: whole weights put together from stored blocks, read a slice at a time.
 
 Whatever a checkpoint's format, layout and spelling of names, here it is a table: for each weight of the whole model
-(all tensor-parallel ranks together) its size and the blocks that make it up. `MegatronWeights` reads that as the Hugging
-Face (HF) tensors in it, so that everything that takes an HF directory takes a Megatron checkpoint too.
+(all tensor-parallel ranks together) its size and the blocks that make it up. `MegatronWeights` reads that as the
+Hugging Face (HF) tensors in it, so that everything that takes an HF directory takes a Megatron checkpoint too.
 """
 
 from collections.abc import Callable

@@ -6,8 +6,8 @@ object); `.metadata`, a pickle that says which chunk of which tensor lies where;
 memory as a whole: we cut it into runs of rows.
 
 Pickles can run code. `.metadata` is therefore read by an unpickler that knows nothing but the classes of this format,
-tensors are located and read by `foreign.archive`, and objects are loaded with `weights_only`. Megatron-Core's own loader unpickles both without such care: call
-`refuse_unsafe` first on a checkpoint that somebody else made.
+tensors are located and read by `foreign.archive`, and objects are loaded with `weights_only`. Megatron-Core's own
+loader unpickles all of them without such care: call `refuse_unsafe` first on a checkpoint that somebody else made.
 """
 
 import io

@@ -22,7 +22,7 @@ def import_(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint, or a training run's folder of them")],
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron checkpoint, or a training run's folder of them")],
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory to make")],
     source: Annotated[Path | None, typer.Option(help="HF directory with config.json and tokenizer")] = None,
     base: Annotated[Path | None, typer.Option(help="HF directory of the base, for a checkpoint of adapters")] = None,
@@ -31,7 +31,7 @@ def export(
     shard_size_gb: Annotated[float, typer.Option("--shard-size", help="GB of one safetensors file")] = 5.0,
     workers: Annotated[int, typer.Option(help="threads")] = 2,
 ) -> None:
-    """Convert a Megatron distributed checkpoint to a Hugging Face directory, tensor by tensor."""
+    """Convert a Megatron checkpoint, ours or another tool's, to a Hugging Face directory, tensor by tensor."""
     if peft:
         from megatron_medllm.checkpoint.peft_adapter import export_peft
 
@@ -62,16 +62,17 @@ def _dtype(name: str | None) -> Any:
 
 
 def verify(
-    first: Annotated[Path, typer.Argument(help="HF directory or distributed checkpoint")],
+    first: Annotated[Path, typer.Argument(help="HF directory or Megatron checkpoint")],
     second: Annotated[Path, typer.Argument(help="likewise")],
     prompts: Annotated[Path, typer.Option(help="a prompt a line, or JSON lines of prompt or ids")],
+    source: Annotated[Path | None, typer.Option(help="HF directory with config.json and tokenizer")] = None,
     tolerance: Annotated[float, typer.Option(help="largest logit difference, relative to the logits' scale")] = 1e-4,
     new_tokens: Annotated[int, typer.Option(help="length of the greedy continuations")] = 16,
 ) -> None:
     """Compare two checkpoints by logits and greedy continuations. Exit status 1: they differ."""
     from megatron_medllm.checkpoint.verify import compare_checkpoints
 
-    found = compare_checkpoints(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance)
+    found = compare_checkpoints(first, second, prompts, new_tokens=new_tokens, tolerance=tolerance, source_dir=source)
     for line in found.lines():
         print_text(line)
     raise typer.Exit(0 if found.agree else 1)

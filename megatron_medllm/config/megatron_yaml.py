@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 
 from megatron_medllm.config.base import first_problem
 from megatron_medllm.config.megatron_dirs import MegatronDir
-from megatron_medllm.config.model import ModelShape
+from megatron_medllm.config.shape import ModelShape
 from megatron_medllm.errors import UserError
 
 log = logging.getLogger(__name__)
