@@ -1,7 +1,7 @@
 """The commands that convert and compare checkpoints."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,9 +13,17 @@ def import_(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory")],
     checkpoint: Annotated[Path, typer.Argument(help="distributed checkpoint to make")],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the source's")] = None,
+    layout: Annotated[
+        Literal["megatron", "bridge"], typer.Option(help="bridge: with what Megatron-Bridge looks for around it")
+    ] = "megatron",
     workers: Annotated[int, typer.Option(help="threads")] = 2,
 ) -> None:
     """Convert a Hugging Face directory to a Megatron distributed checkpoint, tensor by tensor."""
+    if layout == "bridge":
+        from megatron_medllm.checkpoint.foreign.bridge_out import import_to_bridge
+
+        import_to_bridge(hf_dir, checkpoint, dtype=_dtype(dtype), workers=workers)
+        return
     from megatron_medllm.checkpoint.convert import import_hf
 
     import_hf(hf_dir, checkpoint, dtype=_dtype(dtype), workers=workers)

@@ -242,7 +242,7 @@ def megatron_settings(shape: ModelShape) -> dict:
 
 def write_bridge(root: Path, tensors: Tensors, shape: ModelShape, *, peft: dict | None = None, **settings) -> Path:
     """Megatron-Bridge's root folder."""
-    folder = write_dist(root / "iter_0000000", tensors, objects={"common_state/shard_0_1": pickled({"iteration": 0})})
+    folder = write_dist(root / "iter_0000000", tensors, objects={"common_state/shard_0_1": pickled([{"iteration": 0}])})
     model = {"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider"} | megatron_settings(shape) | settings
     (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": model, "peft": peft, "tokenizer": None}))
     (root / "latest_checkpointed_iteration.txt").write_text("0")

@@ -1,5 +1,6 @@
 """Checkpoints of Megatron-LM, Megatron-Bridge and NeMo: to Hugging Face, bit for bit, and nothing in them is run."""
 
+import argparse
 import logging
 import os
 import pickle
@@ -108,6 +109,16 @@ def test_torch_dist_layouts(untied: Path, tmp_path: Path, layers: str, tp: int):
     peers.write_dist(folder, tensors, layers=layers, tp=tp, extra=extra, objects=objects, common={"iteration": 10})
     (tmp_path / "mlm" / "latest_checkpointed_iteration.txt").write_text("10\n")
     assert_exports(tmp_path / "mlm", untied)
+
+
+@pytest.mark.parametrize("place", ["common.pt", "common_state"])
+def test_arguments_beside_the_tensors_must_agree(untied: Path, tmp_path: Path, place: str):
+    """Heads cannot be seen from the tensors; Megatron-Core 0.19 keeps the arguments in an object of the checkpoint."""
+    args = {"args": argparse.Namespace(num_attention_heads=14, num_query_groups=4)}
+    objects = {"common_state/shard_0_1": peers.pickled([args])} if place == "common_state" else None
+    peers.write_dist(tmp_path / "mlm", whole(untied), common=args if place == "common.pt" else None, objects=objects)
+    with pytest.raises(UserError, match=r"args.num_attention_heads is 14, but the source's model has 28"):
+        export_checkpoint(tmp_path / "mlm", tmp_path / "out", source_dir=untied)
 
 
 def test_release_and_trackers(untied: Path, tmp_path: Path):
