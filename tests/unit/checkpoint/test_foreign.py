@@ -419,6 +419,32 @@ def test_train_reads_its_start_from_one(tied: Path, tmp_path: Path):
         assert torch.equal(weights.read(down, axis=1, start=5, stop=50), expected[down][:, 5:50])
 
 
+MEASURED = """
+import re, sys
+from pathlib import Path
+from megatron_medllm.checkpoint.convert import export_checkpoint
+# Not ru_maxrss: a child inherits that of the process it was forked from.
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+before = peak()
+export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), source_dir=Path(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path):
+    """400 MB in tensors of up to 100 MB, of which no more than runs of rows are in memory at once."""
+    shape = TIED.model_copy(update={"num_layers": 1, "hidden_size": 1024, "vocab_size": 50_000, "tie_embeddings": False})
+    shape = shape.model_copy(update={"num_attention_heads": 16, "num_query_groups": 2, "ffn_hidden_size": 33_000})
+    hf_dir = write_twin(tmp_path / "hf", shape)
+    peers.write_legacy(tmp_path / "mlm", whole(hf_dir), shape, tp=2)
+    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("mlm", "out", "hf"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(hf_dir))
+    grown = int(done.stdout.splitlines()[-1])
+    assert grown < 250, f"{grown} MiB"
+
+
 # What the peers wrote themselves, where it is at hand.
 
 
