@@ -229,7 +229,9 @@ class TorchDistReader:
             self.directory, Item(_COMMON_OBJECT, None, None, place.relative_path, place.offset, place.length, None)
         )
         found = read_archive(self.directory / place.relative_path, start=place.offset, length=place.length)
-        return found[0] if isinstance(found, list) and len(found) == 1 else found  # an object is stored as a list of one
+        return (
+            found[0] if isinstance(found, list) and len(found) == 1 else found
+        )  # an object is stored as a list of one
 
     def stored(self, key: str, layer: int | None) -> StoredWeight:
         """A stored tensor, or one layer of it where all layers are stacked in one.

@@ -52,7 +52,9 @@ def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> Refer
 
 
 def digest_weights(model_dir: Path) -> str:
-    """Digest of the tensors and the shape in an HF directory or a Megatron checkpoint; of a process group one rank reads each file. Collective.
+    """Digest of the tensors and the shape in an HF directory or a Megatron checkpoint. Collective.
+
+    Of a process group one rank reads each file.
 
     Raises:
         UserError: a file cannot be read; raised on every rank.

@@ -433,7 +433,9 @@ print(peak() - before)
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path):
     """400 MB in tensors of up to 100 MB, of which no more than runs of rows are in memory at once."""
-    shape = TIED.model_copy(update={"num_layers": 1, "hidden_size": 1024, "vocab_size": 50_000, "tie_embeddings": False})
+    shape = TIED.model_copy(
+        update={"num_layers": 1, "hidden_size": 1024, "vocab_size": 50_000, "tie_embeddings": False}
+    )
     shape = shape.model_copy(update={"num_attention_heads": 16, "num_query_groups": 2, "ffn_hidden_size": 33_000})
     hf_dir = write_twin(tmp_path / "hf", shape)
     peers.write_legacy(tmp_path / "mlm", whole(hf_dir), shape, tp=2)
