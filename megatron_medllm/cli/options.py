@@ -11,6 +11,7 @@ console = Console()
 Config = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides", show_default=False)]
 
+
 def load_recipe(config: Path, overrides: list[str] | None) -> Any:
     """The recipe with its overrides. Imported here and not above: `--help` must not wait for it."""
     from megatron_medllm.config.run import load

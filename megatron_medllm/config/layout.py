@@ -38,7 +38,11 @@ class LayoutConfig(Section):
         gt=0,
         description="numbers in one overlapped exchange, at least; default: the larger of 40M and 1M x dp x cp",
     )
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "swiglu", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again: SwiGLU's result (torch backend; a fifth of what LoRA "
+        "keeps, at the price of one element-wise pass), core attention, or whole layers",
+    )
     first_stage_layers: int | None = Field(
         default=None, gt=0, description="layers on the first pipeline stage, if uneven"
     )

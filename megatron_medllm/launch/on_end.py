@@ -33,7 +33,9 @@ def first_failure(run: pathlib.Path, stages: list[str]) -> tuple[str, str]:
     """The first stage that did not finish, and why; two empty words where all did. Those behind it were cancelled."""
     for stage in stages:
         tasks = read(run / "launch" / (stage + ".json"))["array_size"]
-        names = {f"{stage}.{number}": f"shard {number + 1}/{tasks}: " for number in range(tasks)} if tasks else {stage: ""}
+        names = (
+            {f"{stage}.{number}": f"shard {number + 1}/{tasks}: " for number in range(tasks)} if tasks else {stage: ""}
+        )
         for name, shard in names.items():
             path = run / "launch" / (name + ".ended.json")
             report = read(path) if path.exists() else {"outcome": "gone", "reason": "Slurm ended it without a word"}

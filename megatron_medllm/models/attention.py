@@ -3,9 +3,10 @@
 t: tokens of the stream, np: heads on this rank, ng: KV heads on this rank, hn: width of a head.
 
 On CUDA, variable-length flash attention: a response's keys are its prompt's and its own, and the causal mask is
-aligned to the last key. On Hopper cuDNN is faster where it can be had (`models/attention_choice.py`). On a CPU, and in fp32, pieces of similar length become right-padded batches for torch's
-SDPA: a causal mask alone hides the padding from every real query. A response's batch row then has slots for its
-prompt's queries, whose outputs are thrown away: attention is not shared, all the matrix products around it are.
+aligned to the last key. On Hopper cuDNN is used where it can be had (`models/attention_choice.py`). On a CPU, and in
+fp32, pieces of similar length become right-padded batches for torch's SDPA: a causal mask alone hides the padding from
+every real query. A response's batch row then has slots for its prompt's queries, whose outputs are thrown away:
+attention is not shared, all the matrix products around it are.
 
 Under context parallelism the queries are this rank's, and K and V are gathered: 2*ng*hn numbers a token. They stay
 for the backward pass, unless `recompute` drops them (it then gathers once more).
@@ -46,6 +47,9 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        ranks = config.tensor_model_parallel_size
+        self.heads = (config.num_attention_heads // ranks, max(1, config.num_query_groups // ranks))  # np, ng
+        self.width, self.dtype = config.kv_channels, config.params_dtype
         self.attend: Attend = attend_by_default
 
     def forward(
@@ -128,7 +132,5 @@ def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, t, hn]
     backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]
     with sdpa_kernel(backends):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)

@@ -11,21 +11,32 @@ and backward, beside flash. One that fails or disagrees is left out (`auto`) or 
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.kernels.attention import PlanCache, RaggedBatch, missing_front_end, plan_key, ragged_attention
+from megatron_medllm.kernels.attention import (
+    CUDNN_ERRORS,
+    PlanCache,
+    RaggedBatch,
+    described,
+    missing_front_end,
+    plan_key,
+    ragged_attention,
+)
 from megatron_medllm.models.attention import Attend, PackedAttention, attend_by_default, dense_sdpa, flash_varlen
 from megatron_medllm.parallel.packed import PackedSequences, Segment
+from megatron_medllm.parallel.staging import to_device
 
 log = logging.getLogger(__name__)
 
 DENSE_FROM = 512  # tokens; below, a launch costs more than the kernels differ
 DENSE_LENGTHS = 16  # torch plans every new length anew (tens of ms): only so many lengths of a process go this way
 _AGREEMENT = 0.02  # relative; two bf16 kernels are within 0.01 of each other
+_NO_KERNEL = "No available kernel"  # torch's words where the backends that it may use refuse
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -42,7 +53,13 @@ class CudnnAttention:
         if query.dtype not in _SIXTEEN_BITS or packed.split.size != 1:
             return attend_by_default(query, key, value, packed, scale)
         if self.dense and self._is_dense(packed, len(query)):
-            return dense_sdpa(query, key, value, scale)
+            try:
+                return dense_sdpa(query, key, value, scale)
+            except RuntimeError as error:
+                if _NO_KERNEL not in str(error):
+                    raise
+                log.warning("attention: cuDNN has no kernel for a document of %d tokens; flash attends", len(query))
+                self.dense = False
         out = None if self.plans is None else ragged_cudnn(query, key, value, packed, scale, self.plans)
         return attend_by_default(query, key, value, packed, scale) if out is None else out
 
@@ -63,7 +80,12 @@ def ragged_cudnn(
     if name not in packed.tables:
         layout = packed.ragged_layout()
         packed.tables[name] = RaggedBatch.build(
-            layout.lengths_q, layout.lengths_kv, heads=heads, width=width, device=query.device, kv_rows=layout.kv_rows
+            layout.lengths_q,
+            layout.lengths_kv,
+            heads=heads,
+            width=width,
+            move=partial(to_device, device=query.device, ahead=packed.ahead),
+            kv_rows=layout.kv_rows,
         )
     batch: RaggedBatch = packed.tables[name]
     found = plans.get(plan_key(batch, heads=heads, width=width, dtype=query.dtype, scale=scale), query.device)
@@ -83,8 +105,7 @@ def choose_attention(
         if wanted != "auto":
             log.warning("kernels.attention=%s: this backend's attention is not ours and stays as it is", wanted)
         return
-    heads, groups, width = layers[0].shape
-    attend, said = _choice(wanted, device, layers[0].dtype, (heads, groups), width)
+    attend, said = _choice(wanted, device, layers[0].dtype, layers[0].heads, layers[0].width)
     for layer in layers:
         layer.attend = attend
     log.info("attention: %s (asked for: %s)", said, wanted)
@@ -100,21 +121,23 @@ def _choice(
         flash = device.type == "cuda" and dtype in _SIXTEEN_BITS
         why = f"; cuDNN needs {missing}" if missing is not None and wanted == "auto" else ""
         return attend_by_default, ("flash" if flash else "torch's SDPA of padded documents") + why
-    strict = wanted == "cudnn"
+    strict, no_ragged = wanted == "cudnn", missing_front_end(device)
+    if strict and no_ragged is not None:
+        raise UserError(f"kernels.attention=cudnn needs {no_ragged}; auto takes cuDNN for one-document streams alone")
+    plans = PlanCache(strict=strict)
     dense_fault = disagreement(CudnnAttention(dense=True, plans=None), ONE_DOCUMENT, device, dtype, heads, width)
-    if dense_fault is not None and strict:
-        raise UserError(f"kernels.attention=cudnn: {dense_fault}")
-    ragged_fault, plans = missing_front_end(device), PlanCache(strict=strict)
-    if ragged_fault is None:
+    ragged_fault = no_ragged
+    if no_ragged is None:
         ragged = CudnnAttention(dense=False, plans=plans)
         ragged_fault = disagreement(ragged, PAIR_AND_DOCUMENTS, device, dtype, heads, width) or plans.off
-        if ragged_fault is not None and strict:
-            raise UserError(f"kernels.attention=cudnn: {ragged_fault}")
+    faults = [fault for fault in (dense_fault, None if no_ragged else ragged_fault) if fault]
+    if strict and faults:
+        raise UserError(f"kernels.attention=cudnn: {faults[0]}")
+    if faults:
+        log.warning("attention: cuDNN failed its check and is left out: %s", "; ".join(faults))
     attend = CudnnAttention(dense=dense_fault is None, plans=plans if ragged_fault is None else None)
     one = "cuDNN" if dense_fault is None else f"flash (cuDNN: {dense_fault})"
     many = "cuDNN" if ragged_fault is None else f"flash (cuDNN: {ragged_fault})"
-    if dense_fault is not None or (ragged_fault is not None and missing_front_end(device) is None):
-        log.warning("attention: cuDNN failed its check: %s", "; ".join(x for x in (dense_fault, ragged_fault) if x))
     return attend, f"one document a stream: {one}; several: {many}"
 
 
@@ -157,12 +180,12 @@ def disagreement(
         packed = PackedSequences.from_segments(segments, torch.zeros(tokens, device=device), backend="torch")
         leaves = [x.clone().requires_grad_() for x in inputs]
         try:
-            out = function(*leaves, packed, scale)
+            out = function(leaves[0], leaves[1], leaves[2], packed, scale)
             results.append((out, *torch.autograd.grad(out, leaves, upstream)))
-        except RuntimeError as error:  # torch and cuDNN's front end raise it where no kernel fits
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        except CUDNN_ERRORS as error:
+            return described(error)
     for what, found, expected in zip(("output", "d query", "d key", "d value"), *results, strict=True):
-        error = float((found.float() - expected.float()).norm() / expected.float().norm())
-        if not error <= _AGREEMENT:  # NaN is no agreement
-            return f"{what} is off by {error:.3g} of its size"
+        off = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not off <= _AGREEMENT:  # NaN is no agreement
+            return f"{what} is off by {off:.3g} of its size"
     return None

@@ -16,8 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_medllm.errors import UserError
 from megatron_medllm.models.attention import PackedAttention
 from megatron_medllm.models.fp8_linears import FP8ColumnParallelLinear, FP8RowParallelLinear
+from megatron_medllm.models.mlp import RecomputedSwiGLU
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +39,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def torch_layer_spec(*, fp8: bool = False) -> ModuleSpec:
+def torch_layer_spec(*, fp8: bool = False, recompute_swiglu: bool = False) -> ModuleSpec:
     """A transformer layer of Megatron-Core's own linears (or their FP8 form), torch's norm and our packed attention."""
     column = FP8ColumnParallelLinear if fp8 else tensor_parallel.ColumnParallelLinear
     row = FP8RowParallelLinear if fp8 else tensor_parallel.RowParallelLinear
@@ -58,7 +60,10 @@ def torch_layer_spec(*, fp8: bool = False) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=RecomputedSwiGLU if recompute_swiglu else MLP,
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ),
             mlp_bda=get_bias_dropout_add,
             # Both backends write Transformer Engine's checkpoint keys, so that either loads the other's.
             sharded_state_dict_keys_map={
@@ -70,9 +75,20 @@ def torch_layer_spec(*, fp8: bool = False) -> ModuleSpec:
 
 
 def block_spec(
-    config: TransformerConfig, backend: str, vp_stage: int | None, *, fp8: bool = False
+    config: TransformerConfig,
+    backend: str,
+    vp_stage: int | None,
+    *,
+    fp8: bool = False,
+    recompute_swiglu: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage (and virtual stage) builds, and the final norm."""
+    """The layers that this pipeline stage (and virtual stage) builds, and the final norm.
+
+    Raises:
+        UserError: recomputing SwiGLU alone under TE, whose MLP is its own.
+    """
+    if recompute_swiglu and backend == "te":
+        raise UserError("layout.recompute=swiglu needs model.backend=torch; with te use selective or full")
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if backend == "te":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -82,4 +98,4 @@ def block_spec(
         if config.context_parallel_size > 1:  # TE's attention would split every document over the ranks evenly
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         return TransformerBlockSubmodules([layer] * count, TENorm)
-    return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8)] * count, RMSNorm)
+    return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8, recompute_swiglu=recompute_swiglu)] * count, RMSNorm)

@@ -33,12 +33,19 @@ class Qwen25Model(GPTModel):
     """One pipeline stage of Qwen2.5 over packed sequences."""
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, *, backend: str, vp_stage: int | None, fp8: bool = False
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        *,
+        backend: str,
+        vp_stage: int | None,
+        fp8: bool = False,
+        recompute_swiglu: bool = False,
     ) -> None:
         tp_size = config.tensor_model_parallel_size
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, backend, vp_stage, fp8=fp8),
+            transformer_layer_spec=block_spec(config, backend, vp_stage, fp8=fp8, recompute_swiglu=recompute_swiglu),
             vocab_size=padded_vocab_size(shape.vocab_size, 128 * tp_size),
             max_sequence_length=shape.max_position_embeddings,
             position_embedding_type="rope",
@@ -161,7 +168,14 @@ def build_model(
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     with device if device.type == "meta" else nullcontext():
         chunks: list[nn.Module] = [
-            Qwen25Model(config, shape, backend=model.backend, vp_stage=stage, fp8=fp8 is not None).to(device)
+            Qwen25Model(
+                config,
+                shape,
+                backend=model.backend,
+                vp_stage=stage,
+                fp8=fp8 is not None,
+                recompute_swiglu=layout.recompute == "swiglu",
+            ).to(device)
             for stage in stages
         ]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks

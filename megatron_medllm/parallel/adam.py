@@ -74,7 +74,7 @@ class FusedAdam(torch.optim.Optimizer):
             state[name] = state[name].to(self.moments_dtype)
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]  # torch adds hooks
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would cast the moments to the parameters' type, but these are held in their own."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         params = [p for group in self.param_groups for p in group["params"]]

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 Choice = Literal["auto", "foreach", "megatron"]
 
-_MEGATRONS = (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl)
+# Norm and scaling as Megatron-Core has chosen them: apex's, Transformer Engine's or its own.
+MEGATRONS = (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl)
 
 
 def multi_tensor_l2norm(
@@ -58,15 +59,15 @@ def use(optimizer: MegatronOptimizer, choice: Choice) -> None:
         optimizer: as just built.
         choice: "auto" keeps Transformer Engine's or apex's own kernels for norm and scaling where they are installed.
     """
-    kernels, copies = _MEGATRONS, "one by one"
+    kernels, copies = MEGATRONS, "one by one"
     if choice != "megatron":
-        if choice == "foreach" or _MEGATRONS[0].__module__ == "megatron.core.utils":
+        if choice == "foreach" or MEGATRONS[0].__module__ == "megatron.core.utils":
             kernels = (multi_tensor_l2norm, multi_tensor_scale)
         for leaf in leaves(optimizer):
             _use_kept_views(leaf)
         copies = "in one call"
     clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = kernels
-    names = "torch's foreach" if kernels is not _MEGATRONS else _MEGATRONS[0].__module__
+    names = "torch's foreach" if kernels is not MEGATRONS else MEGATRONS[0].__module__
     log.info("optimizer step: norm and scaling by %s, copies %s (asked for: %s)", names, copies, choice)
 
 

@@ -40,6 +40,8 @@ def all_layer_activations(workload: Workload, *, on_cpu: bool = False) -> dict[s
         "swiglu": (4 if on_cpu else 2) * ffn * e // tp,
         "fc2 input": linear_input_bytes(workload, "linear_fc2", ffn) // tp,
     }
+    if workload.layout.recompute == "swiglu" and workload.precision != "fp8":  # which keeps a copy in one byte
+        saved["fc2 input"] = 0
     if workload.frozen_base:
         saved["adapters"] = len(workload.lora_targets) * workload.lora_rank * e
     return saved
@@ -100,6 +102,8 @@ def working_set_per_token(workload: Workload) -> int:
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
     gradients = (4 * workload.ffn_hidden_size // tp + 2 * shape.hidden_size) * e
     recomputed = sum(all_layer_activations(workload).values()) if workload.layout.recompute == "full" else 0
+    if workload.layout.recompute == "swiglu":  # computed again, then copied to where it was
+        recomputed = 2 * workload.ffn_hidden_size * e // tp
     return gradients + recomputed
 
 

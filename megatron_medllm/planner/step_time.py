@@ -79,6 +79,9 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
     )
     if layout.recompute == "full":
         backward = backward + forward
+    elif layout.recompute == "swiglu":  # gate and up are read, the result is written, and copied to where it was
+        again = tokens * 5 * workload.ffn_hidden_size * e / layout.tp
+        backward = backward + PassTime(memory=again / (hardware.memory_bandwidth * hardware.efficiency_memory))
     elif layout.recompute == "selective":
         backward = backward + PassTime(attention=attention, context_parallel=context_parallel)
     return forward, backward

@@ -20,7 +20,7 @@ from megatron_medllm.storage import read_json, write_json
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-# What an orphaned stage gets to write its checkpoint in, once asked; then it is killed: a checkpoint is whole or not there.
+# What an orphaned stage gets to save in, once asked; then it is killed. A checkpoint is whole or not there.
 SAVE_GRACE_S = 600.0
 # Only a process that hangs in the kernel, mostly on a dead file system, outlives SIGKILL for so long.
 KILL_GRACE_S = 30.0

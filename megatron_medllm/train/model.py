@@ -10,8 +10,10 @@ from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, Fp8Recipe
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
+from megatron_medllm.models.attention_choice import choose_attention
 from megatron_medllm.models.initialize import random_values
 from megatron_medllm.models.materialize import Fill, fill_parameters
+from megatron_medllm.models.mlp import choose_swiglu
 from megatron_medllm.models.qwen25 import build_model, unwrap
 from megatron_medllm.parallel.runtime import Runtime
 
@@ -38,6 +40,10 @@ def build_chunks(
         fill_parameters(chunks, fill)
     if adapter is not None:
         _add_adapter(chunks, run, runtime, adapter, fill=fill if in_parts else None)
+    if in_parts and runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the layers' unquantized numbers took
+    choose_attention(chunks, run.kernels.attention, runtime.device)
+    choose_swiglu(chunks, run.kernels.swiglu, runtime.device, run.model)
     return chunks
 
 

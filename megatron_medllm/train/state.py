@@ -223,12 +223,13 @@ class Checkpoints:
             steps done.
 
         Raises:
-            UserError: the checkpoint belongs to another model, other data or another stage.
+            UserError: the checkpoint belongs to another model, other data, another stage or the other optimizer.
         """
         state = read_json(path / _STATE)
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise UserError(f"{path}: checkpoint of another run: {name} is {state.get(name)!r}, here {value!r}")
+        mcore.require_same_optimizer(optimizer, path)
         loaded = mcore.load_sharded(mcore.sharded_state(chunks, optimizer, is_loading=True), path)
         mcore.restore(chunks, optimizer, loaded)
         return int(state["step"])

@@ -22,6 +22,7 @@ LAYOUTS = {
     "tp": {"tp": 2},
     "sp": SP,
     "sp_recompute": SP | {"recompute": "full"},
+    "sp_swiglu": SP | {"recompute": "swiglu"},
     "vpp": PP | {"vpp": 2},
     "dp": {"dp": 2},
     "cp": {"cp": 2, "distributed_optimizer": False},

@@ -26,7 +26,10 @@ def directory(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     place = tmp_path_factory.mktemp("context")
     for world_size, layouts in ((2, TWO_RANKS), (4, FOUR_RANKS)):
         recipes = [
-            write_recipe(cpt_settings(tiny_world, place / name, layout=layout, cpt=STEPS), place / name / "recipe.yaml")
+            write_recipe(
+                cpt_settings(tiny_world, place / name, layout=layout, cpt=STEPS, kernels={"copies": "ahead"}),
+                place / name / "recipe.yaml",
+            )
             for name, layout in layouts.items()
         ]
         run_ranks(world_size, "tests.dist.train_ranks", *map(str, recipes), timeout_s=300, runtimes=len(recipes))

@@ -38,7 +38,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def settings(name: str, **rpo: Any) -> dict:
         layout = rpo.pop("layout", {})
-        return rpo_settings(model, pairs, place / name, layout=layout, **{"reference": str(place / "reference")} | rpo)
+        # One process copies as a CPU does by default; the layouts lay all into one buffer, as on CUDA.
+        copies = {"kernels": {"copies": "ahead" if layout else "auto"}}
+        rpo = {"reference": str(place / "reference")} | rpo
+        return rpo_settings(model, pairs, place / name, layout=layout, **rpo) | copies
 
     scoring = settings("score", layout={"tp": 2, "sp": True})
     context = settings("score_cp", layout={"cp": 2}, reference=str(place / "reference_cp"))

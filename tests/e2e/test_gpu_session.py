@@ -43,6 +43,7 @@ def test_parts_run_to_a_table_and_are_not_run_twice(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in report for name in names) and report in printed
     assert {"results.jsonl", "report.md", "logs.tar.gz"} <= {path.name for path in tmp_path.iterdir()}
+    assert run_session(tmp_path, "--report").rstrip() == report.rstrip()
     again = run_session(tmp_path, "train", "tests")
     assert again.count("skipped") == 2 and len([row for row in results(tmp_path) if "ended" in row]) == 2
 

@@ -221,6 +221,25 @@ def test_adapter_runs_resume_export_and_start_from_peft(tiny_world, tmp_path, re
         train(run_config(settings("whole")))
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_other_optimizers_state_is_refused_with_what_to_do(tiny_world, tmp_path, before, dtype):
+    def settings(distributed):
+        found = cpt_settings(tiny_world, tmp_path, cpt={"train_tokens": 8 * 64})
+        found["layout"] = {"distributed_optimizer": distributed}
+        found["model"]["dtype"] = dtype
+        return found
+
+    assert train(run_config(settings(before))) == 0
+    written = "with" if before else "without"
+    expected = (
+        rf"step-00000001: .* {written} the distributed optimizer.* layout.distributed_optimizer={str(before).lower()}"
+    )
+    with pytest.raises(UserError, match=expected):
+        train(run_config(settings(not before)))
+    assert train(run_config(settings(before))) == 0
+
+
 def test_data_in_another_order_or_tokenizer_are_refused(tiny_world, tmp_path):
     assert train(run_config(cpt_settings(tiny_world, tmp_path, cpt={"train_tokens": 8 * 64}))) == 0
     with pytest.raises(UserError, match="checkpoint of another run: seed is 3, here 4"):

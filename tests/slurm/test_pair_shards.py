@@ -1,4 +1,4 @@
-"""Pair sampling in three shards on three nodes of a real Slurm: one killed, one told that its time limit nears."""
+"""Pair sampling in three shards on three nodes of a real Slurm: one killed, then told that its time limit nears."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from megatron_medllm.launch.jobs import RunFiles
 from megatron_medllm.launch.live import find_status
 from megatron_medllm.preference.pairs import build_pairs
 from megatron_medllm.shard import Shard
-from tests.slurm.local_slurm import LocalSlurm, ended, medllm_submit, starts
+from tests.slurm.local_slurm import LocalSlurm, medllm_submit, starts
 
 FILES = ("samples.jsonl", "dropped.jsonl", "pairs.jsonl", "manifest.json", "report.md", "report.html")
 
@@ -45,37 +45,37 @@ def test_pairs_sampled_in_shards_outlive_a_kill_and_equal_one_process(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     log = run_dir / "pairs" / "sample_answers.jsonl"
-    second, third = (Shard(number, 3).file(log) for number in (2, 3))
+    logs = [Shard(number, 3).file(log) for number in (1, 2, 3)]
 
     jobs = medllm_submit(recipe, "--stages", "pairs")
     assert list(jobs) == ["pairs-shards", "pairs", "on-end"]
-    slurm.wait(lambda: answers(third) >= 1, "an answer of shard 3/3")
-    subprocess.run(["scancel", "--signal=USR1", f"{jobs['pairs-shards']}_2"], check=True)
-    slurm.wait(lambda: answers(second) >= 1, "an answer of shard 2/3")
-    os.kill(process_of(run_dir, "2/3"), signal.SIGKILL)  # as the kernel does when the memory is used up
+    slurm.wait(lambda: answers(logs[2]) >= 1, "an answer of shard 3/3")
+    os.kill(process_of(run_dir, "3/3"), signal.SIGKILL)  # as the kernel does when the memory is used up
     slurm.wait_for_state(jobs["on-end"], "COMPLETED")
-    # Told by USR1, shard 3 was started again and went on; shard 2, killed, failed the stage, and was not.
-    assert [row["restart"] for row in starts(run_dir, "pairs-shards.2")] == [0, 1]
-    assert ended(run_dir, "pairs-shards.2")["outcome"] == "finished" and answers(third) == 6
-    assert [row["restart"] for row in starts(run_dir, "pairs-shards.1")] == [0]
-    kept = answers(second)
-    assert 1 <= kept < 6
-    verdict = "shard 2/3: the command failed with exit code 137"
+    kept = answers(logs[2])
+    assert 1 <= kept < 6 and [answers(path) for path in logs[:2]] == [6, 6]
+    verdict = "shard 3/3: the command failed with exit code 137"
     assert told.read_text().startswith(f"{run_dir}|failed|pairs-shards|{verdict}")
     found = find_status(run_dir)
     assert (found.state, found.exit_status) == ("failed", 1)
-    assert [(row.state, row.reason.startswith(verdict)) for row in found.stages[:2]] == [
-        *(("failed", True), ("CANCELLED", False)),
-    ]
+    shards, merge = found.stages[:2]
+    assert (shards.state, merge.state) == ("failed", "CANCELLED") and shards.reason.startswith(verdict)
 
-    begun = {path: path.read_bytes() for path in (Shard(1, 3).file(log), second, third)}
+    begun = [path.read_bytes() for path in logs]
     jobs = medllm_submit(recipe, "--stages", "pairs")
+    slurm.wait(lambda: answers(logs[2]) > kept, "another answer of shard 3/3")
+    # What Slurm sends when the time limit nears. The array's last task has the array's own job id.
+    subprocess.run(["scancel", "--signal=USR1", f"{jobs['pairs-shards']}_2"], check=True)
     slurm.wait_for_chain(run_dir, jobs)
     assert told.read_text() == f"{run_dir}|finished|||"
-    for path, before in begun.items():  # nothing was asked twice
+    restarts = [
+        [row["restart"] for row in starts(run_dir, f"pairs-shards.{task}") if row["array_id"] == jobs["pairs-shards"]]
+        for task in range(3)
+    ]
+    assert restarts == [[0], [0], [0, 1]]  # that task alone
+    for path, before in zip(logs, begun, strict=True):  # nothing was asked twice
         assert answers(path) == 6 and path.read_bytes().startswith(before)
-    assert begun[third] == third.read_bytes()
-    assert RunFiles(run_dir).submission.exists() and find_status(run_dir).exit_status == 0
+    assert find_status(run_dir).exit_status == 0
     build_pairs(config, tiny_model, whole)
     for name in FILES:
         assert (run_dir / "pairs" / name).read_bytes() == (whole / name).read_bytes(), name

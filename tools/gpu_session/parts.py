@@ -62,8 +62,7 @@ def kernels(*sections: str) -> Callable[[Path, list[str], bool], list[str]]:
 
 
 def attention(folder: Path, _: list[str], tiny: bool) -> list[str]:
-    tool = TOOLS / "kernels" / "attention_sweep.py"
-    return [str(tool), "--out", str(folder / "rows.jsonl"), *["--tiny"] * tiny]
+    return [str(TOOLS / "kernels" / "attention_gpu.py"), "--out", str(folder), *["--tiny"] * tiny]
 
 
 def peers(*names: str) -> Callable[[Path, list[str], bool], list[str]]:
@@ -79,7 +78,7 @@ def gpu_tests(*paths: str) -> Callable[[Path, list[str], bool], list[str]]:
         chosen = ["tests/unit/bench/test_process.py"] if tiny else list(paths)  # tests/gpu skips without a device
         # Side by side: most of a test's time is its processes' start, and their models are small.
         beside = [] if tiny else ["-n", "6"]
-        return ["-m", "pytest", "-v", *beside, "-rfE", "-W", "ignore", "-p", "no:cacheprovider", "--timeout", "60",
+        return ["-m", "pytest", "-v", *beside, "-rfE", "-W", "ignore", "-p", "no:cacheprovider", "--timeout", "100",
                 "-o", "addopts=--strict-markers --import-mode=importlib", "--basetemp", str(folder / "tmp"),
                 *chosen]  # fmt: skip
 
@@ -96,12 +95,12 @@ ROW_FILE = json_lines("rows.jsonl")
 PARTS: dict[str, Part] = {
     "ceilings": Part("bf16 products, copies", 30, kernels("ceilings"), ROW_FILE),
     "attention": Part("attention kernels against fp32", 75, attention, ROW_FILE),
-    "train": Part("7B rows with switches on and off", 200, training, ROW_FILE, tuple(TRAIN), 60),
+    "train": Part("7B rows with switches on and off", 200, training, ROW_FILE, tuple(TRAIN), 90),
     "peers": Part(
         "HF + peft + Liger, 8,192 whole and 4,096 packed", 90, peers("cpt 8192", "cpt 4096 packed"), ROW_FILE
     ),
     "dpo": Part("TRL + Liger", 75, peers("dpo precomputed"), ROW_FILE),
-    "tests": Part("tests/gpu", 75, gpu_tests(*UNSEEN), pytest_rows),
+    "tests": Part("tests of resume, contexts, attention and models", 100, gpu_tests(*UNSEEN), pytest_rows),
     "all-tests": Part("all of tests/gpu", 200, gpu_tests("tests/gpu"), pytest_rows),
     "kernels": Part(
         "head and FP8 linears at 7B, beside Liger", 75, kernels("head-check", "head", "linears", "recipes"), ROW_FILE

@@ -9,12 +9,15 @@ import argparse
 import gc
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of unlike sizes share the memory
 
 from recipes import ROWS, Row
 
@@ -52,14 +55,19 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    last: Row | None = None
     for name in arguments.rows:
+        row = ROWS[name]
+        if last is not None and (row.recipe, row.overrides) != (last.recipe, last.overrides):
+            forget_compiled()
+        last = row
         if held_gib() > MEMORY_LEFT_GIB:
             print(f"{held_gib():.1f} GiB are still held: a new process goes on", flush=True)
             return RESTART
         started, said = time.monotonic(), Said()
         logging.getLogger().addHandler(said)
         try:
-            found = measure_row(name, ROWS[name], arguments.out, tiny=arguments.tiny)
+            found = measure_row(name, row, arguments.out, tiny=arguments.tiny)
         except (UserError, RuntimeError, ValueError, AssertionError, NotImplementedError, OSError) as error:
             logging.exception("%s failed", name)
             found = {"error": error_text(error)}
@@ -79,6 +87,14 @@ def held_gib() -> float:
     import torch
 
     return torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def forget_compiled() -> None:
+    """Compile anew for other shapes, as a process of its own would, instead of for any shape."""
+    import torch
+
+    if torch.cuda.is_available():  # a CPU compiles nothing
+        torch._dynamo.reset()
 
 
 def empty_cache() -> None:
@@ -103,7 +119,11 @@ def measure_row(name: str, row: Row, out: Path, *, tiny: bool) -> dict[str, Any]
     try:
         if row.kind == "rank":
             rank = row.tiny_rank if tiny else row.rank
-            result = json.loads(measure_rank(run, RankSettings(rank=rank, output=folder, **steps)).read_text())
+            result = json.loads(
+                measure_rank(
+                    run, RankSettings(rank=rank, output=folder, micro_batches=2 if tiny else None, **steps)
+                ).read_text()
+            )
             return rank_figures(result) | {"switches": row.switches}
         lengths = {key: max(4, value // 16) for key, value in row.lengths.items()} if tiny else row.lengths
         if tiny and not lengths:

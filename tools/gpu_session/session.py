@@ -1,6 +1,7 @@
 """Everything that one GPU can show in ten minutes, part by part.
 
 Usage: tools/gpu_session.sh OUT [PART[=SECONDS] ...] [--rows NAME ...] [--again] [--tiny] [--work DIR] [--limit-s N]
+       tools/gpu_session.sh OUT --report
        tools/gpu_session.sh --list
 
 Parts run in the order they are named (default: all but `all-tests`), each for at most its seconds. A part that fails
@@ -36,8 +37,9 @@ PACKAGES = ("torch", "triton", "transformers", "megatron-core", "nvidia-cudnn-fr
             "transformer-engine", "peft", "trl", "liger-kernel", "liger_kernel", "numpy")  # fmt: skip
 
 
-SHOWN = ("row", "section", "name", "model", "layer", "ended", "seconds", "error", "step_ms", "tokens_per_s",
-         "pairs_per_s", "peak_gib", "ms", "tflops", "result", "failed", "device", "forward_backward_s")  # fmt: skip
+SHOWN = ("row", "section", "name", "model", "layer", "stream", "heads", "variant", "ended", "seconds", "error",
+         "step_ms", "tokens_per_s", "pairs_per_s", "peak_gib", "ms", "both_ms", "times_flash", "passed", "tflops",
+         "result", "failed", "device", "forward_backward_s")  # fmt: skip
 
 
 class Results:
@@ -65,8 +67,7 @@ class Results:
 
     def pack(self, work: Path) -> None:
         """report.md, and the logs as one file."""
-        text = report(self.rows)
-        (self.out / "report.md").write_text(text, encoding="utf-8")
+        write_report(self.out, self.rows)
         with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
             for path in sorted(work.rglob("*")):
                 if path.suffix in (".log", ".md", ".json", ".jsonl") and path.stat().st_size < 2**22:
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="the same code on tiny shapes")
     parser.add_argument("--work", type=Path, help="folder of logs and working files; default OUT/work")
     parser.add_argument("--limit-s", type=float, default=3600, help="of all parts together")
+    parser.add_argument("--report", action="store_true", help="only write OUT/report.md again, and print it")
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     arguments = parser.parse_intermixed_args()  # parts may follow options
     if arguments.list or arguments.out is None:
@@ -89,6 +91,9 @@ def main() -> int:
         return 0 if arguments.list else 2
     limits = part_limits(parser, arguments.parts)
     out = arguments.out.resolve()
+    if arguments.report:
+        print(write_report(out, Results(out).rows))
+        return 0
     work = (arguments.work or out / "work").resolve()
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +113,15 @@ def main() -> int:
             results.pack(work)
     finally:
         results.pack(work)
-        print((out / "report.md").read_text(encoding="utf-8"), flush=True)
+        print(write_report(out, results.rows), flush=True)
     return 0
+
+
+def write_report(out: Path, rows: list[dict[str, Any]]) -> str:
+    """OUT/report.md; its text."""
+    text = report(rows)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def on_term(*_: Any) -> NoReturn:
@@ -191,7 +203,6 @@ def watch(
     command = [sys.executable, "-W", "ignore", *part.command(folder, open_rows, tiny)]
     path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH", "")) if p)
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with open(log, "ab") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY, start_new_session=True

@@ -1,7 +1,7 @@
 """cuDNN's ragged attention through its front end (`nvidia-cudnn-frontend`, optional), as a differentiable function.
 
-A plan takes 55 to 70 ms to build and a second for a kernel not seen before, so plans are kept by `PlanKey`, both of a
-key are built before its first forward pass, and only so many are built in a process. The log-sum-exps are always made,
+A key's two plans take 0.17 s to build on an H200, so they are kept by `PlanKey`, both are built before its first
+forward pass, and only so many are built in a process. The log-sum-exps are always made,
 so that a forward pass without gradients uses the same plan.
 
 Source: cudnn-frontend 1.19.0, test/python/sdpa/fp16.py (`create_forward_graph`, `create_backward_graph`) and
@@ -25,7 +25,9 @@ from megatron_medllm.kernels.attention.ragged import PlanKey, RaggedBatch
 
 log = logging.getLogger(__name__)
 
-MAX_PLANS = 96  # keys of one process; at two plans a key this is at most ten seconds of a run
+MAX_PLANS = 256  # keys of one process; beyond them a new one is left to flash
+# What cuDNN's front end and torch raise where they have no kernel, miss a library, or know another version's arguments.
+CUDNN_ERRORS = (RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError)
 _OLDEST = 90700  # cuDNN 9.7: bottom-right masks of any length, grouped heads in ragged layout
 _UIDS = {
     name: number
@@ -45,10 +47,19 @@ def missing_front_end(device: torch.device) -> str | None:
         return f"a Hopper GPU (this one is {torch.cuda.get_device_name(device)})"
     if importlib.util.find_spec("cudnn") is None:
         return "cuDNN's front end (pip install nvidia-cudnn-frontend==1.19.0)"
-    import cudnn
+    try:
+        import cudnn
 
-    version = int(cudnn.backend_version())
+        version = int(cudnn.backend_version())
+    except (*CUDNN_ERRORS, AssertionError) as error:  # it asserts that it finds one libcudnn
+        return f"cuDNN's front end, which is installed and cannot be used: {described(error)}"
     return None if version >= _OLDEST else f"cuDNN 9.7 or newer (found {version})"
+
+
+def described(error: Exception) -> str:
+    """An error's type and the first lines of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' | '.join(lines[:3])[:400]}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,8 @@ class PlanCache:
             return None
         try:
             plans = self._build(key, device)
-        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:  # the front end raises all
-            self.turn_off(f"no plan for {key}: {type(error).__name__}: {str(error).strip()[:300]}")
+        except CUDNN_ERRORS as error:
+            self.turn_off(f"no plan for {key}: {described(error)}")
             return None
         self._plans[key, device] = plans
         return plans
@@ -178,13 +189,18 @@ def _execute(graph: Any, tensors: dict[str, Tensor], batch: RaggedBatch, workspa
     device = tensors["q"].device
     workspace = torch.empty(max(workspace_bytes, 1), dtype=torch.uint8, device=device)
     pointers = {_UIDS[name]: x.data_ptr() for name, x in (tensors | tables).items()}
-    handle = _handle(device)
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    handle = device_handle(device)
+    cudnn.set_stream(handle=handle, stream=current_stream(device))
     graph.execute(pointers, workspace.data_ptr(), handle=handle)
 
 
+def current_stream(device: torch.device) -> int:
+    """torch's current stream, as CUDA's own pointer."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 @lru_cache
-def _handle(device: torch.device) -> Any:
+def device_handle(device: torch.device) -> Any:
     """cuDNN's handle, one a device."""
     import cudnn
 
@@ -196,10 +212,10 @@ def build_plans(key: PlanKey, device: torch.device) -> Plans:
     """Both plans of a key.
 
     Raises:
-        RuntimeError: cuDNN has no kernel for it (`cudnn.cudnnGraphNotSupportedError` is one), or failed.
+        RuntimeError: cuDNN has no kernel for it, or failed.
     """
     start = time.perf_counter()
-    handle = _handle(device)
+    handle = device_handle(device)
     with torch.cuda.device(device):
         graphs = [make(key, handle=handle) for make in (forward_graph, backward_graph)]
         for graph in graphs:
@@ -210,14 +226,21 @@ def build_plans(key: PlanKey, device: torch.device) -> Plans:
 
 
 def compile_graph(graph: Any) -> None:
-    """Check a graph and build its first plan."""
+    """Check a graph and build its first plan.
+
+    Raises:
+        RuntimeError: cuDNN has no kernel for it, or failed.
+    """
     import cudnn
 
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+    except cudnn.cudnnGraphNotSupportedError as error:  # an Exception of no other kind
+        raise RuntimeError(f"cudnnGraphNotSupportedError: {error}") from error
 
 
 def forward_graph(key: PlanKey, **where: Any) -> Any:
@@ -271,20 +294,17 @@ class _Parts:
             **where,
         )
         self.offsets = {
-            name: self._table(f"offsets_{name}", key.sequences + 1, kinds.INT64) for name in ("q", "k", "v", "o", "stats")
+            name: self._table(f"offsets_{name}", key.sequences + 1, kinds.INT64)
+            for name in ("q", "k", "v", "o", "stats")
         }
 
     def _table(self, name: str, count: int, kind: Any) -> Any:
-        return self.graph.tensor(
-            name=name, uid=_UIDS[name], dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind
-        )
+        return self.graph.tensor(name=name, uid=_UIDS[name], dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
 
     def tensor(self, name: str, which: str, offsets: str, data_type: Any = None) -> Any:
         """A ragged input: of a shape of `PlanKey.shape`, its sequences at the named offsets."""
         dims, strides = self.key.shape(which)
-        tensor = self.graph.tensor(
-            name=name, uid=_UIDS[name], dim=dims, stride=strides, data_type=data_type or self.io
-        )
+        tensor = self.graph.tensor(name=name, uid=_UIDS[name], dim=dims, stride=strides, data_type=data_type or self.io)
         tensor.set_ragged_offset(self.offsets[offsets])
         return tensor
 

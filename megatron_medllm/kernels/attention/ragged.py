@@ -5,16 +5,16 @@ keys; both of every sequence lie behind one another in [t, n, hn], token by toke
 offset, in elements, for the start of each sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _SHORTEST = 128  # a plan for less than this would be one more plan and no faster
-_TOTAL_STEPS = 4  # sizes of workspaces between one power of two and the next
-_ROW = 32  # table rows start at whole 128 bytes; cuDNN wants 16
+_TOTAL_STEPS = 2  # sizes of workspaces between one power of two and the next
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class RaggedBatch:
         *,
         heads: tuple[int, int],
         width: int,
-        device: torch.device,
-        kv_rows: Sequence[int] | None = None,
+        move: Callable[[list[np.ndarray]], list[Tensor]],
+        kv_rows: np.ndarray | None = None,
     ) -> "RaggedBatch":
         """Put the tables of a stream on the device, in one copy.
 
@@ -85,8 +85,8 @@ class RaggedBatch:
             lengths_kv: keys of each, no fewer than its queries.
             heads: (np, ng).
             width: hn.
-            device: where to.
-            kv_rows: rows of the stream that are the sequences' keys; None: they are all of it, in order.
+            move: puts arrays on the device, each at a multiple of 16 bytes.
+            kv_rows: [tokens_kv] int64, rows of the stream that are the sequences' keys; None: all of it, in order.
 
         Raises:
             ValueError: an empty sequence (cuDNN below 9.25 makes NaN of it), fewer keys than queries (the mask is
@@ -98,29 +98,22 @@ class RaggedBatch:
             raise ValueError("a sequence needs a query, and as many keys as queries")
         if kv_rows is not None and len(kv_rows) != sum(lengths_kv):
             raise ValueError(f"{len(kv_rows)} rows for {sum(lengths_kv)} keys")
-        count = len(lengths_q)
-        table = torch.zeros(5, -(-(count + 1) // _ROW) * _ROW, dtype=torch.int64)
-        for row, lengths, stride in (
-            (0, lengths_q, heads[0] * width),
-            (1, lengths_kv, heads[1] * width),
-            (2, lengths_q, heads[0]),
-        ):
-            table[row, : count + 1] = torch.tensor([stride * at for at in accumulate(lengths, initial=0)])
-        table[3, :count], table[4, :count] = torch.tensor(lengths_q), torch.tensor(lengths_kv)
-        table = table.to(device)
-        lengths_of = table[3:].to(torch.int32)
+        arrays: list[np.ndarray] = [np.array(lengths, np.int32) for lengths in (lengths_q, lengths_kv)]
+        for lengths, stride in ((lengths_q, heads[0] * width), (lengths_kv, heads[1] * width), (lengths_q, heads[0])):
+            arrays.append(np.array([0, *accumulate(lengths)], np.int64) * stride)
+        tables = move(arrays if kv_rows is None else [*arrays, kv_rows])
         return cls(
-            sequences=count,
+            sequences=len(lengths_q),
             max_q=max(lengths_q),
             max_kv=max(lengths_kv),
             tokens_q=sum(lengths_q),
             tokens_kv=sum(lengths_kv),
-            lengths_q=lengths_of[0, :count],
-            lengths_kv=lengths_of[1, :count],
-            offsets_q=table[0, : count + 1],
-            offsets_kv=table[1, : count + 1],
-            offsets_stats=table[2, : count + 1],
-            kv_rows=None if kv_rows is None else torch.tensor(kv_rows, device=device),
+            lengths_q=tables[0],
+            lengths_kv=tables[1],
+            offsets_q=tables[2],
+            offsets_kv=tables[3],
+            offsets_stats=tables[4],
+            kv_rows=None if kv_rows is None else tables[5],
             bottom_right=list(lengths_q) != list(lengths_kv),
         )
 
@@ -147,6 +140,6 @@ def _power_of_two(length: int) -> int:
 
 
 def _rounded_total(tokens: int) -> int:
-    """Up to a quarter of a power of two, and to 64: cuDNN's workspace is sized by it, what it computes is not."""
+    """Up to half a power of two, and to 64: cuDNN's workspace is sized by it, what it computes is not."""
     step = max(64, (1 << (tokens - 1).bit_length()) // 2 // _TOTAL_STEPS)
     return -(-tokens // step) * step

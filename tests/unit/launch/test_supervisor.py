@@ -54,7 +54,7 @@ def test_an_earlier_starts_verdict_is_not_this_ones(run: Path) -> None:
 
 @pytest.mark.parametrize("task", [None, "2"])
 def test_an_arrays_task_is_requeued_alone(run: Path, monkeypatch: pytest.MonkeyPatch, task: str | None) -> None:
-    """The last task has the array's own id: named by that, all tasks would be requeued, running and finished ones too."""
+    """The last task has the array's own id: named by that, all tasks would be requeued, finished ones too."""
     told = run / "told"
     (run / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$*" >>{told}\n')
     if task is not None:
@@ -97,6 +97,12 @@ def end(run: Path, exit_code: int, *nodes: int) -> dict:
 def test_one_nodes_wrong_input_is_not_hidden_by_another_that_was_killed(run: Path, killed: int) -> None:
     ended = end(run, killed, 2, killed)
     assert (ended["outcome"], ended["exit_code"]) == ("failed", 2)  # and not requeued
+
+
+def test_death_by_usr1_is_a_request_to_run_again_unless_a_node_failed_for_real(run: Path) -> None:
+    """Slurm alone sends it: before the node's agent listens, it ends the agent."""
+    assert end(run, 128 + signal.SIGUSR1)["reason"].startswith("saved and stopped on a signal or the time limit")
+    assert end(run, 128 + signal.SIGUSR1, 1)["reason"].startswith("the command failed with exit code 1")
 
 
 def test_one_nodes_crash_is_not_taken_for_a_request_to_run_again(run: Path) -> None:

@@ -14,7 +14,12 @@ from torch.nn.attention import varlen
 
 from megatron_medllm.models.attention import flash_varlen, padded_sdpa
 from megatron_medllm.parallel.context import WHOLE, ContextSplit, gather_stream
-from megatron_medllm.parallel.packed import PackedSequences, Segment, SegmentPiece, cut_into_pieces
+from megatron_medllm.parallel.packed import (
+    PackedSequences,
+    Segment,
+    SegmentPiece,
+    cut_into_pieces,
+)
 
 CPU = torch.device("cpu")
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -174,3 +179,14 @@ def test_both_kernels_are_asked_for_the_same_attention(monkeypatch: pytest.Monke
         for attend in (padded_sdpa, flash_varlen):
             found = attend(query[own], key, value, pack(segments, split=split), scale)
             assert (found - expected[own]).abs().max() < 1e-6
+
+
+def test_a_ragged_layout_repeats_keys_only_where_it_must():
+    layout = pack(SHARED).ragged_layout()
+    assert (layout.lengths_q, layout.lengths_kv) == ((3, 2, 1, 2), (3, 2, 3, 4))
+    assert layout.kv_rows is not None
+    assert layout.kv_rows.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
+    plain = pack((Segment(0, 3), Segment(3, 5))).ragged_layout()
+    assert (plain.lengths_q, plain.lengths_kv, plain.kv_rows) == ((3, 2), (3, 2), None)
+    with pytest.raises(ValueError, match="of a whole stream"):
+        pack((Segment(0, 8),), split=ContextSplit(0, 2)).ragged_layout()

@@ -71,9 +71,7 @@ child.wait()
 @contextmanager
 def deaf_orphan(run_dir: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A stage that ignores SIGTERM, left by an owner that was killed; and its child's process id."""
-    stage = subprocess.Popen(
-        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    stage = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert stage.stdout is not None
     child = int(stage.stdout.readline())
     owner = start_owner(run_dir, "cpt", str(stage.pid))
