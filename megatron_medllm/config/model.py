@@ -266,15 +266,14 @@ def shape_of_directory(path: Path, source: Path | None = None) -> ModelShape:
 
     Args:
         path: of the directory.
-        source: HF directory whose config.json describes a Megatron checkpoint; default: what that carries.
+        source: HF directory whose config.json describes a Megatron checkpoint; default: what that carries. An HF
+            directory describes itself, so a recipe's later stages start from theirs whatever its `source` is.
 
     Raises:
         UserError: no configuration is there, it cannot be read, or it is not a Qwen2.5 model's or not the checkpoint's.
     """
     place = find_megatron(path)
     if place is None:
-        if source is not None:
-            raise UserError(f"{path}: no Megatron checkpoint, so it needs no source ({source})")
         return shape_from_hf_config(path)
     given = None if source is None else shape_from_hf_config(source)
     if place.writer != "medllm":

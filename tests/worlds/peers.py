@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from megatron_medllm.checkpoint.torch_dist import Item, serialize, write_index
-from megatron_medllm.config.model import ModelShape
+from megatron_medllm.config.model import ModelShape, shape_from_hf_config
+from tests.worlds.model_dir import read_tensors
 
 Tensors = dict[str, torch.Tensor]
 LOCAL_NORMS = {
@@ -53,6 +54,11 @@ def megatron_tensors(hf: Tensors, shape: ModelShape, *, vocab: int | None = None
     if "lm_head.weight" in hf:
         found["output_layer.weight"] = padded(hf["lm_head.weight"])
     return found
+
+
+def whole(hf_dir: Path, *, vocab: int | None = None) -> Tensors:
+    """The tensors of an HF directory, as `megatron_tensors`."""
+    return megatron_tensors(read_tensors(hf_dir), shape_from_hf_config(hf_dir), vocab=vocab)
 
 
 def tp_part(name: str, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:

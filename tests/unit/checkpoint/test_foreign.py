@@ -3,10 +3,6 @@
 import argparse
 import logging
 import os
-import pickle
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ from safetensors.torch import load_file
 
 from megatron_medllm.checkpoint.convert import export_checkpoint, import_hf
 from megatron_medllm.checkpoint.peft_adapter import export_peft, read_peft
-from megatron_medllm.checkpoint.torch_dist import TorchDistReader
 from megatron_medllm.checkpoint.verify import compare_checkpoints
 from megatron_medllm.config.model import ModelConfig, shape_from_hf_config
 from megatron_medllm.errors import UserError
@@ -34,10 +29,6 @@ def untied(tmp_path: Path) -> Path:
 @pytest.fixture
 def tied(tmp_path: Path) -> Path:
     return write_twin(tmp_path / "hf", TIED)
-
-
-def whole(hf_dir: Path, **changes) -> peers.Tensors:
-    return peers.megatron_tensors(read_tensors(hf_dir), shape_from_hf_config(hf_dir), **changes)
 
 
 def assert_exports(checkpoint: Path, hf_dir: Path, *, source: bool = True) -> None:
@@ -60,13 +51,13 @@ def assert_exports(checkpoint: Path, hf_dir: Path, *, source: bool = True) -> No
     ids=["one", "tp2", "tp4 te", "pp2", "tp2 pp2 vpp2", "pp2 vpp2", "pp4"],
 )
 def test_legacy_layouts(untied: Path, tmp_path: Path, layout: dict):
-    peers.write_legacy(tmp_path / "mlm", whole(untied, vocab=320), UNTIED, **layout)
+    peers.write_legacy(tmp_path / "mlm", peers.whole(untied, vocab=320), UNTIED, **layout)
     assert_exports(tmp_path / "mlm", untied)
     assert_exports(tmp_path / "mlm" / "iter_0000010", untied)
 
 
 def test_legacy_tied_on_two_stages(tied: Path, tmp_path: Path):
-    tensors = whole(tied, vocab=312)
+    tensors = peers.whole(tied, vocab=312)
     repeated = tensors | {"output_layer.weight": tensors["embedding.word_embeddings.weight"].clone()}
     repeated["output_layer.weight"][307:] = 9  # padding may hold anything
     peers.write_legacy(tmp_path / "mlm", repeated, TIED, pp=2, tp=2)
@@ -74,12 +65,12 @@ def test_legacy_tied_on_two_stages(tied: Path, tmp_path: Path):
 
 
 def test_legacy_that_does_not_fit(untied: Path, tmp_path: Path):
-    tensors = whole(untied)
+    tensors = peers.whole(untied)
     root = peers.write_legacy(tmp_path / "mlm", tensors, UNTIED, tp=1)
     (root / "iter_0000010" / "mp_rank_00").rename(root / "iter_0000010" / "mp_rank_01")
     with pytest.raises(UserError, match="no folder of tensor-parallel rank 0, pipeline stage 0"):
         export_checkpoint(root, tmp_path / "out", source_dir=untied)
-    peers.write_legacy(tmp_path / "half", whole(untied, vocab=320), UNTIED, tp=2)
+    peers.write_legacy(tmp_path / "half", peers.whole(untied, vocab=320), UNTIED, tp=2)
     second = tmp_path / "half" / "iter_0000010" / "mp_rank_01"
     (second / "model_optim_rng.pt").unlink()
     with pytest.raises(UserError, match=r"mp_rank_01/model_optim_rng.pt: no such file"):
@@ -102,7 +93,7 @@ def test_legacy_that_does_not_fit(untied: Path, tmp_path: Path):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_torch_dist_layouts(untied: Path, tmp_path: Path, layers: str, tp: int):
     """With optimizer and random states beside the model, as a training run leaves them."""
-    tensors = whole(untied, vocab=320)
+    tensors = peers.whole(untied, vocab=320)
     extra = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(112)}
     objects = {"rng_state/shard_0.0_1.1": peers.pickled([{"random": torch.arange(3)}])}
     folder = tmp_path / "mlm" / "iter_0000010"
@@ -116,14 +107,16 @@ def test_arguments_beside_the_tensors_must_agree(untied: Path, tmp_path: Path, p
     """Heads cannot be seen from the tensors; Megatron-Core 0.19 keeps the arguments in an object of the checkpoint."""
     args = {"args": argparse.Namespace(num_attention_heads=14, num_query_groups=4)}
     objects = {"common_state/shard_0_1": peers.pickled([args])} if place == "common_state" else None
-    peers.write_dist(tmp_path / "mlm", whole(untied), common=args if place == "common.pt" else None, objects=objects)
+    peers.write_dist(
+        tmp_path / "mlm", peers.whole(untied), common=args if place == "common.pt" else None, objects=objects
+    )
     with pytest.raises(UserError, match=r"args.num_attention_heads is 14, but the source's model has 28"):
         export_checkpoint(tmp_path / "mlm", tmp_path / "out", source_dir=untied)
 
 
 def test_release_and_trackers(untied: Path, tmp_path: Path):
     root = tmp_path / "mlm"
-    peers.write_dist(root / "release", whole(untied))
+    peers.write_dist(root / "release", peers.whole(untied))
     (root / "latest_checkpointed_iteration.txt").write_text("release")
     assert_exports(root, untied)
     (root / "latest_checkpointed_iteration.txt").write_text("20")
@@ -140,7 +133,7 @@ def test_release_and_trackers(untied: Path, tmp_path: Path):
 
 
 def test_bridge_and_nemo_bring_their_shape(tied: Path, tmp_path: Path):
-    tensors = whole(tied)
+    tensors = peers.whole(tied)
     peers.write_bridge(tmp_path / "bridge", tensors, TIED)
     peers.write_nemo(tmp_path / "nemo", tensors, TIED)
     for place in ("bridge", "bridge/iter_0000000", "nemo", "nemo/weights"):
@@ -155,7 +148,7 @@ def test_bridge_and_nemo_bring_their_shape(tied: Path, tmp_path: Path):
 
 
 def test_a_head_that_differs_is_never_dropped(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    tensors = whole(tied)
+    tensors = peers.whole(tied)
     head = tensors["embedding.word_embeddings.weight"].clone()
     head[306, 3] += 1  # the last row that is no padding
     peers.write_nemo(tmp_path / "nemo", tensors | {"output_layer.weight": head}, TIED)
@@ -174,7 +167,7 @@ def test_a_head_that_differs_is_never_dropped(tied: Path, tmp_path: Path, caplog
 def test_a_tied_start_with_another_head_is_refused(tied: Path, tmp_path: Path):
     from tests.worlds.running import running
 
-    tensors = whole(tied)
+    tensors = peers.whole(tied)
     head = tensors["embedding.word_embeddings.weight"] + 1
     peers.write_bridge(tmp_path / "bridge", tensors | {"output_layer.weight": head}, TIED)
     with pytest.raises(UserError, match=r"ties the embeddings, but 'output_layer.weight' differs"):
@@ -246,7 +239,7 @@ def test_adapters_that_are_refused(untied: Path, tmp_path: Path):
     peers.write_bridge(tmp_path / "a", tensors, UNTIED, peft={"_target_": "megatron.bridge.peft.dora.DoRA", **LORA})
     peers.write_bridge(tmp_path / "b", tensors, UNTIED, peft={"_target_": "x.LoRA", **LORA, "dim": 8})
     peers.write_bridge(tmp_path / "c", tensors, UNTIED)
-    peers.write_bridge(tmp_path / "d", tensors | whole(untied), UNTIED, peft={"_target_": "x.LoRA", **LORA})
+    peers.write_bridge(tmp_path / "d", tensors | peers.whole(untied), UNTIED, peft={"_target_": "x.LoRA", **LORA})
     for name, message in {
         "a": "'megatron.bridge.peft.dora.DoRA'; only LoRA is read",
         "b": r"of shape \[4, 112\], expected \[8, 112\]",
@@ -275,7 +268,7 @@ def test_adapters_that_are_refused(untied: Path, tmp_path: Path):
     ],
 )
 def test_configurations_of_other_models(untied: Path, tmp_path: Path, settings: dict, message: str):
-    peers.write_bridge(tmp_path / "bridge", whole(untied), UNTIED, **settings)
+    peers.write_bridge(tmp_path / "bridge", peers.whole(untied), UNTIED, **settings)
     with pytest.raises(UserError, match=message):
         export_checkpoint(tmp_path / "bridge", tmp_path / "out")
 
@@ -296,7 +289,7 @@ def test_configurations_of_other_models(untied: Path, tmp_path: Path, settings: 
 )
 @pytest.mark.parametrize("is_legacy", [False, True])
 def test_tensors_of_other_models(untied: Path, tmp_path: Path, change, message: str, is_legacy: bool):
-    tensors = change(whole(untied))
+    tensors = change(peers.whole(untied))
     if is_legacy:
         peers.write_legacy(tmp_path / "mlm", tensors, UNTIED)
     else:
@@ -306,87 +299,8 @@ def test_tensors_of_other_models(untied: Path, tmp_path: Path, change, message: 
     assert not (tmp_path / "out").exists()
 
 
-class Attack:
-    """Unpickling this makes a file."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = victim
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.victim),)
-
-
-HOSTILE = """
-import sys
-from pathlib import Path
-import megatron.core  # registers classes that torch would then trust
-import torch
-torch.serialization.add_safe_globals([__import__("os").mkdir])  # the worst that an import could have done
-from megatron_medllm.checkpoint.convert import export_checkpoint
-from megatron_medllm.errors import UserError
-try:
-    export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), source_dir=Path(sys.argv[3]))
-except UserError as error:
-    print("refused", error)
-else:
-    print("exported")
-"""
-
-
-def hostile_export(checkpoint: Path, hf_dir: Path) -> str:
-    """Export in a process where everything is imported and trusted that can be."""
-    command = [sys.executable, "-c", HOSTILE, str(checkpoint), str(checkpoint) + "-out", str(hf_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    "place", ["common.pt", "model_optim_rng.pt", ".metadata", "rng_state", "common_state", "tensor"]
-)
-def test_pickles_are_never_run(untied: Path, tmp_path: Path, place: str):
-    """Wherever the peers keep pickles: the checkpoint is read without it, or refused; either way nothing runs."""
-    victim, tensors, attack = tmp_path / "ran", whole(untied), Attack(tmp_path / "ran")
-    root = tmp_path / "mlm"
-    if place == "model_optim_rng.pt":
-        peers.write_legacy(root, tensors, UNTIED, change=lambda state: state.update(rng_state=attack, hook=attack))
-    else:
-        key = {"rng_state": "rng_state/shard_0.0_1.1", "common_state": "common_state/shard_0_1"}.get(place)
-        peers.write_dist(root, tensors, objects={key: peers.pickled(attack)} if key else None)
-    if place == "common.pt":
-        torch.save(attack, root / "common.pt")
-    if place == ".metadata":
-        (root / ".metadata").write_bytes(pickle.dumps(attack))
-    if place == "tensor":
-        data = root / "__0_0.distcp"
-        bytes_ = peers.pickled(attack)
-        data.write_bytes(bytes_ + data.read_bytes()[len(bytes_) :])
-    told = hostile_export(root, untied)
-    assert not victim.exists()
-    if place in (".metadata", "tensor"):
-        assert told.startswith("refused")
-    else:
-        assert told == "exported"
-        assert_same_tensors(read_tensors(Path(f"{root}-out")), read_tensors(untied))
-
-
-def test_the_attack_would_work(tmp_path: Path):
-    with open(tmp_path / "x.pt", "wb") as stream:
-        stream.write(peers.pickled(Attack(tmp_path / "ran")))
-    torch.load(tmp_path / "x.pt", weights_only=False)
-    assert (tmp_path / "ran").exists()
-
-
-def test_yaml_tags_are_not_followed(untied: Path, tmp_path: Path):
-    root = peers.write_nemo(tmp_path / "nemo", whole(untied), UNTIED)
-    (root / "context" / "model.yaml").write_text(f"config: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n")
-    with pytest.raises(UserError, match=r"model.yaml: not plain YAML: could not determine a constructor"):
-        export_checkpoint(root, tmp_path / "out", source_dir=untied)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_verify_is_exact(untied: Path, tmp_path: Path):
-    tensors = whole(untied, vocab=320)
+    tensors = peers.whole(untied, vocab=320)
     peers.write_legacy(tmp_path / "mlm", tensors, UNTIED, tp=2, pp=2)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"ids": [5, 300, 17, 42, 8]}\n')
@@ -402,8 +316,8 @@ def test_train_reads_its_start_from_one(tied: Path, tmp_path: Path):
     """The model of a run, from Bridge's root and from a legacy checkpoint with a source, as from the HF directory."""
     from megatron_medllm.checkpoint.open_model import open_weights
 
-    peers.write_bridge(tmp_path / "bridge", whole(tied), TIED)
-    peers.write_legacy(tmp_path / "mlm", whole(tied, vocab=312), TIED, tp=2)
+    peers.write_bridge(tmp_path / "bridge", peers.whole(tied), TIED)
+    peers.write_legacy(tmp_path / "mlm", peers.whole(tied, vocab=312), TIED, tp=2)
     assert ModelConfig(path=tmp_path / "bridge").resolve_shape() == TIED
     assert ModelConfig(path=tmp_path / "mlm", source=tied).resolve_shape() == TIED
     with pytest.raises(UserError, match=r"carries no config.json; name the model's HF directory"):
@@ -417,115 +331,3 @@ def test_train_reads_its_start_from_one(tied: Path, tmp_path: Path):
             assert torch.equal(middle, value[1:-1])
         down = "model.layers.1.mlp.down_proj.weight"
         assert torch.equal(weights.read(down, axis=1, start=5, stop=50), expected[down][:, 5:50])
-
-
-MEASURED = """
-import re, sys
-from pathlib import Path
-from megatron_medllm.checkpoint.convert import export_checkpoint
-# Not ru_maxrss: a child inherits that of the process it was forked from.
-peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
-before = peak()
-export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), source_dir=Path(sys.argv[3]))
-print(peak() - before)
-"""
-
-
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path):
-    """400 MB in tensors of up to 100 MB, of which no more than runs of rows are in memory at once."""
-    shape = TIED.model_copy(
-        update={"num_layers": 1, "hidden_size": 1024, "vocab_size": 50_000, "tie_embeddings": False}
-    )
-    shape = shape.model_copy(update={"num_attention_heads": 16, "num_query_groups": 2, "ffn_hidden_size": 33_000})
-    hf_dir = write_twin(tmp_path / "hf", shape)
-    peers.write_legacy(tmp_path / "mlm", whole(hf_dir), shape, tp=2)
-    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("mlm", "out", "hf"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(hf_dir))
-    grown = int(done.stdout.splitlines()[-1])
-    assert grown < 250, f"{grown} MiB"
-
-
-# What the peers wrote themselves, where it is at hand.
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    default = Path(__file__).parents[4] / "shared" / "data"
-    place = Path(os.environ.get("MEDLLM_SHARED_DATA", default)) / "peers"
-    if not (place / "hf").is_dir():
-        pytest.skip(f"no checkpoints of other tools in {place} (set MEDLLM_SHARED_DATA)")
-    there = tmp_path_factory.mktemp("peers")
-    for archive in place.glob("*.tar.gz"):
-        with tarfile.open(archive) as tar:
-            tar.extractall(there, filter="data")
-    for folder in place.iterdir():
-        if folder.is_dir():
-            (there / folder.name).symlink_to(folder)
-    return there
-
-
-FULL = ["bridge-0.6.2-tied", "mlm-0.16.1-torch_dist-tp2-untied", "mlm-0.16.1-torch-tp2-untied", "nemo-2.7.3-tied"]
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_what_the_peers_wrote(written: Path, tmp_path: Path, name: str):
-    hf_dir = written / "hf" / name.rpartition("-")[2]
-    inner = {"nemo": "weights", "brid": "iter_0000000"}.get(name[:4], "iter_0000010")
-    for number, checkpoint in enumerate((written / name, written / name / inner)):
-        export_checkpoint(checkpoint, tmp_path / str(number), source_dir=hf_dir)
-        assert_same_tensors(read_tensors(tmp_path / str(number)), read_tensors(hf_dir))
-    if not name.startswith("mlm"):
-        export_checkpoint(written / name, tmp_path / "alone")
-        assert_same_tensors(read_tensors(tmp_path / "alone"), read_tensors(hf_dir))
-        assert (tmp_path / "alone" / "tokenizer.json").is_file()
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_what_the_peers_wrote_is_verified(written: Path, tmp_path: Path, name: str):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"ids": [5, 30, 17, 42, 8]}\n')
-    found = compare_checkpoints(written / "hf" / name.rpartition("-")[2], written / name, prompts, new_tokens=2)
-    assert found.agree and found.same_continuations == 1
-
-
-def test_the_peers_adapter_is_its_twin(written: Path, tmp_path: Path):
-    export_peft(written / "bridge-0.6.2-lora-untied", tmp_path / "peft", base_model=None)
-    twin = written / "bridge-0.6.2-lora-untied-peft"
-    assert_same_tensors(read_tensors(tmp_path / "peft"), read_tensors(twin))
-    shape = shape_from_hf_config(written / "hf" / "untied")
-    assert read_peft(tmp_path / "peft", shape).config == read_peft(twin, shape).config
-
-
-def test_ours_are_laid_out_as_theirs(written: Path, tmp_path: Path):
-    """The checkpoints that these tests write: the same keys and sizes, and for legacy the same names and parts."""
-    tied, untied = written / "hf" / "tied", written / "hf" / "untied"
-    shapes = {path: shape_from_hf_config(path) for path in (tied, untied)}
-    peers.write_bridge(tmp_path / "bridge", whole(tied), shapes[tied])
-    peers.write_nemo(tmp_path / "nemo", whole(tied), shapes[tied])
-    peers.write_dist(tmp_path / "mlm", whole(untied, vocab=512), tp=2, common={})
-    for mine, theirs in (
-        ("bridge/iter_0000000", "bridge-0.6.2-tied/iter_0000000"),
-        ("nemo/weights", "nemo-2.7.3-tied/weights"),
-        ("mlm", "mlm-0.16.1-torch_dist-tp2-untied/iter_0000010"),
-    ):
-        ours, other = TorchDistReader(tmp_path / mine), TorchDistReader(written / theirs)
-        assert {k: ours.shape_of(k) for k in ours.tensor_keys()} == {k: other.shape_of(k) for k in other.tensor_keys()}
-        for key in ours.tensor_keys():
-            layer = 3 if key.removeprefix("module.").startswith("decoder.layers") else None
-            blocks = [{(b.row, b.column, b.sizes) for b in r.stored(key, layer).blocks} for r in (ours, other)]
-            assert blocks[0] == blocks[1], key
-    peers.write_legacy(tmp_path / "legacy", whole(untied, vocab=512), shapes[untied], tp=2)
-    for rank in range(2):
-        file = f"iter_0000010/mp_rank_{rank:02d}/model_optim_rng.pt"
-        ours, theirs = (
-            torch_model(place / file) for place in (tmp_path / "legacy", written / "mlm-0.16.1-torch-tp2-untied")
-        )
-        assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
-
-
-def torch_model(path: Path) -> dict:
-    from megatron_medllm.checkpoint.foreign.archive import StoredTensor, read_archive
-
-    return {n: t for n, t in read_archive(path)["model"].items() if isinstance(t, StoredTensor)}
