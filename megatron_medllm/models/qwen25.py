@@ -25,7 +25,7 @@ from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
 from megatron_medllm.models.layer_spec import block_spec
-from megatron_medllm.parallel.mcore import hush_deprecation
+from megatron_medllm.parallel.mcore import hush_known_warnings
 from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
@@ -168,7 +168,7 @@ def build_model(
     shape = model.resolve_shape()
     config = transformer_config(shape, layout, model, fp8=fp8, fp8_weights=fp8_weights)
     config.use_cpu_initialization = device.type != "cuda"
-    hush_deprecation()
+    hush_known_warnings()
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     with device if device.type == "meta" else nullcontext():
         chunks: list[nn.Module] = [

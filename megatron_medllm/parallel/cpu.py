@@ -4,8 +4,8 @@ The problem: Megatron-Core writes `torch.cuda.current_device()`, `device="cuda"`
 that is otherwise device-neutral. The method: every loaded `megatron.core` module that holds the name `torch` gets a
 proxy module instead, whose factory functions place tensors on the CPU and whose `cuda` is made of no-ops; everything
 else passes through. Two tensor methods (`Tensor.cuda`, and `Tensor.type` as Megatron's optimizer asks it) are patched
-globally, since they cannot be reached by name. The trade-off: this leans on Megatron-Core's internals, so a version that the
-tests did not run on is refused, and the module is never imported on a CUDA run.
+globally, since they cannot be reached by name. The trade-off: this leans on Megatron-Core's internals, so a version
+that the tests did not run on is refused, and the module is never imported on a CUDA run.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from packaging.version import Version
 
-from megatron_medllm.errors import UserError
 from megatron_medllm import versions
+from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import adam
 
 # Modules that must be loaded before the redirection, so that none keeps the real `torch` by being imported late.
@@ -57,7 +58,9 @@ PASSED_ON = (
 def passed_on(version: str) -> set[str]:
     """The names that `PASSED_ON` has for a version."""
     own = Version(version)
-    return {name for first, last, names in PASSED_ON if Version(first) <= own <= Version(last) for name in names.split()}
+    return {
+        name for first, last, names in PASSED_ON if Version(first) <= own <= Version(last) for name in names.split()
+    }
 
 
 def _no_op(*_: Any, **__: Any) -> None:

@@ -35,7 +35,9 @@ import megatron_medllm.{package}
 """
     environment = {name: value for name, value in os.environ.items() if name != "MEDLLM_UNTESTED_MCORE"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1].startswith("megatron_medllm.errors.UserError: megatron-core 0.20.0 is installed")
+    assert done.stderr.splitlines()[-1].startswith(
+        "megatron_medllm.errors.UserError: megatron-core 0.20.0 is installed"
+    )
     assert "/megatron/core/" not in done.stderr
 
 
