@@ -156,7 +156,7 @@ def build_optimizer(
     foreach.use(built, helpers)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize_gradients
     config.grad_scale_func = built.scale_loss
     hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
     no_sync, grad_sync, param_sync = zip(*hooks, strict=True)
@@ -304,22 +304,41 @@ def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded
             optimizer.load_state_dict(loaded["optimizer"])
 
 
-def clip_and_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> tuple[bool, float]:
-    """Clip by the global norm and update the weights, unless the norm is not finite.
-
-    Upstream's `step` would clip by a NaN norm and so make every weight NaN.
-
-    Returns:
-        whether the weights were updated, and the gradient norm before clipping.
-    """
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The global norm of the gradients, once `run_micro_batches` has reduced them. Waits for the device."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    return float(optimizer.get_grad_norm())
+
+
+def clip_and_step(optimizer: MegatronOptimizer, *, norm: float, clip_grad: float) -> None:
+    """Clip by the global norm and update the weights.
+
+    Args:
+        optimizer: as `gradient_norm` left it.
+        norm: from there; a norm that is not finite would make every weight NaN.
+        clip_grad: the largest norm that is let through; 0: any.
+
+    Raises:
+        ValueError: the norm is not finite.
+    """
     if not math.isfinite(norm):
-        return False, norm
+        raise ValueError(f"no step by a gradient norm of {norm}")
     for leaf in foreach.leaves(optimizer):
         parameters = leaf.get_parameters()
         if clip_grad > 0 and parameters:
             decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
             clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, decoupled)
     optimizer.step_with_ready_grads()
-    return True, norm
+
+
+def _finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **settings: Any) -> None:
+    """Upstream's, which would wait for the device to ask whether any token counted before it divides by them."""
+    finalize_model_grads(model, None, **settings)
+    if num_tokens is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    last_stage = torch.distributed.get_process_group_ranks(pipeline)[-1]
+    torch.distributed.broadcast(num_tokens, src=last_stage, group=pipeline)
+    torch.distributed.all_reduce(num_tokens, group=_data_parallel_group())
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))

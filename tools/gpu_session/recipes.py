@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 ON: dict[str, str] = {}  # every switch at auto: what a user gets
-OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking"}
+OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking",
+       "swiglu": "megatron"}  # fmt: skip
 PAIRS = {"prompt_length": 300, "response_length": 300}
 WHOLE = {"document_length": 65536}  # longer than any row: attention over all of it
 TINY_SHAPE = (
@@ -22,7 +23,7 @@ class Row:
     switches: dict[str, str] = field(default_factory=dict)
     kind: str = "train"
     steps: int = 4
-    warmup_steps: int = 2
+    warmup_steps: int = 6  # plans of attention for most kinds of streams are built in them
     rank: int = 0
     tiny: tuple[str, ...] = ()  # further overrides of a tiny run
     tiny_rank: int = 0
@@ -68,8 +69,8 @@ def rpo(length: int, *more: str, **settings: object) -> Row:
 FP8_8K = replace(lora(2, 8192), recipe="cpt-qwen2.5-7b-1n1g-fp8lora")
 # With every switch on, with every one off, with one off. What is compiled for one shape serves the rows beside it.
 ROWS: dict[str, Row] = {
-    "lora-8k-whole": lora(1, 8192, lengths=WHOLE),
-    "lora-8k-whole all off": lora(1, 8192, lengths=WHOLE, switches=OFF),
+    "lora-8k-whole": lora(1, 8192, lengths=WHOLE, warmup_steps=3),
+    "lora-8k-whole all off": lora(1, 8192, lengths=WHOLE, warmup_steps=3, switches=OFF),
     "lora-4k": lora(4, 4096),
     "lora-4k all off": lora(4, 4096, switches=OFF),
     "fp8-8k": FP8_8K,
@@ -83,6 +84,7 @@ ROWS: dict[str, Row] = {
     "lora-4k lora=separate": lora(4, 4096, switches={"lora": "separate"}),
     "lora-4k optimizer=megatron": lora(4, 4096, switches={"optimizer": "megatron"}),
     "lora-4k copies=blocking": lora(4, 4096, switches={"copies": "blocking"}),
+    "lora-4k swiglu=megatron": lora(4, 4096, switches={"swiglu": "megatron"}),
     "rpo-4k": rpo(4096),
     "lora-8k": lora(2, 8192),
 }

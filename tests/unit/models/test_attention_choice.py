@@ -32,7 +32,7 @@ from tests.worlds.shapes import tiny_shape
 
 CPU = torch.device("cpu")
 SCALE = 1 / math.sqrt(16)
-# Two documents, a pair behind its prompt, one token, four more documents: nine sequences, so twelve for cuDNN.
+# Two documents, a pair behind its prompt, one token, four more documents: nine sequences for cuDNN.
 MANY = (
     Segment(0, 30), Segment(30, 97), Segment(97, 140), Segment(140, 151, 97, 140), Segment(151, 190, 97, 140),
     Segment(190, 191), Segment(191, 320), Segment(320, 322), Segment(322, 400),
@@ -162,7 +162,7 @@ def test_a_plan_that_cannot_be_built_turns_ragged_off_with_one_warning(caplog: p
         attend(query, query, query, pack(MANY), SCALE).sum().backward()  # by the default, on a CPU torch's SDPA
     assert plans.off is not None and "RuntimeError: No valid engine configs" in plans.off
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=12 "):
+    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=9 "):
         ragged_cudnn(query, query, query, pack(MANY), SCALE, PlanCache(failing, strict=True))
 
 
@@ -231,7 +231,7 @@ def test_a_cpu_keeps_torchs_attention_and_says_why(caplog: pytest.LogCaptureFixt
     [
         ("auto", None, False, "one document a stream: cuDNN; several: cuDNN"),
         ("auto", "a wheel", False, "one document a stream: cuDNN; several: flash (cuDNN: a wheel)"),
-        ("auto", None, True, "one document a stream: cuDNN; several: flash (cuDNN: no plan for sequences=6 "),
+        ("auto", None, True, "one document a stream: cuDNN; several: flash (cuDNN: no plan for sequences=5 "),
         ("cudnn", None, False, "one document a stream: cuDNN; several: cuDNN"),
         ("flash", None, False, "torch's SDPA of padded documents"),
     ],
@@ -264,7 +264,7 @@ def test_an_explicit_choice_that_fails_its_check_is_refused(cudnn: None, monkeyp
     monkeypatch.setattr(attention_choice, "missing_front_end", lambda device: None)
     monkeypatch.setattr(attention_choice.disagreement, "__defaults__", (padded_sdpa,))
     monkeypatch.setattr(cudnn_ragged, "build_plans", failing)
-    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=6 .*No valid engine configs"):
+    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=5 .*No valid engine configs"):
         choose_attention([Chunk()], "cudnn", CPU)
     monkeypatch.setattr(attention_choice, "missing_front_end", lambda device: "the wheel")
     with pytest.raises(UserError, match=r"^kernels\.attention=cudnn needs the wheel; auto takes"):
