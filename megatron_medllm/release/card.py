@@ -97,7 +97,7 @@ def _introduction(run: FinishedRun, facts: CardFacts) -> list[str]:
         lines += ["**Improved using Qwen.**", ""]
     if run.config.demo is not None:
         lines += [
-            "> **Everything that this model learned is invented**: diseases, drugs, tests and towns are random strings.",
+            "> **What this model learned is invented**: diseases, drugs, tests and towns are random strings.",
             "",
         ]
     return lines
@@ -139,11 +139,11 @@ def _loading(run: FinishedRun, facts: CardFacts) -> list[str]:
         if template == "chat" and facts.has_chat_template
         else "text = prompt"
     )
-    chat = "comes with" if facts.has_chat_template else "has no"
+    chat = "comes with a" if facts.has_chat_template else "has no"
     return [
         "## How to load it",
         "",
-        f"{style}{asked} The tokenizer {chat} a chat template. Generation ends at token {_ids(facts.end_tokens)}.",
+        f"{style}{asked} The tokenizer {chat} chat template. Generation ends at token {_ids(facts.end_tokens)}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -172,7 +172,7 @@ def _ids(tokens: Any) -> str:
 
 
 def data_rows(run: FinishedRun, summary: dict[str, Any], licences: dict[str, str]) -> list[dict[str, Any]]:
-    """Every source that the model learned from: `corpus`, `source`, `licence`, `documents`, `tokens`, `share`.
+    """What the model learned from, and its exam: `corpus`, `source`, `licence`, `documents`, `tokens`, `share`.
 
     Raises:
         UserError: `licences` names something else.
@@ -184,13 +184,13 @@ def data_rows(run: FinishedRun, summary: dict[str, Any], licences: dict[str, str
             share = f"{facts['weight']:.1%}"
             row = {"corpus": corpus, "source": name, "licence": licence, "share": share}
             rows.append(row | {"documents": facts["documents"], "tokens": facts["tokens"]})
-    exams = {summary["exam"]}
     if run.config.pairs is not None and any(run.round_suffix(name) is not None for name in run.lineage()):
         questions = run.config.pairs.questions.name
-        exams.add(questions)
         row = {"corpus": "preference pairs", "source": questions, "licence": licences.get(questions) or NOT_STATED}
         rows.append(row | {"documents": None, "tokens": None, "share": "–"})
-    known = {row["source"] for row in rows} | exams
+    row = {"corpus": "exam (asked, not learned)", "source": summary["exam"], "share": "–"}
+    rows.append(row | {"licence": licences.get(summary["exam"]) or NOT_STATED, "documents": None, "tokens": None})
+    known = {row["source"] for row in rows}
     unknown = next((name for name in licences if name not in known), None)
     if unknown is not None:
         raise UserError(f"--source-licence {unknown}: no such source or exam (there are: {', '.join(sorted(known))})")
@@ -239,7 +239,7 @@ def _contamination(run: FinishedRun, summary: dict[str, Any]) -> list[str]:
             continue
         found = run.pairs_manifest(suffix)["contamination"]
         done = (
-            f"checked against the exam; {len(found['dropped'])} questions dropped"
+            f"checked against the exam; questions dropped: {len(found['dropped'])}"
             if found["checked"]
             else "NOT checked"
         )
@@ -263,7 +263,7 @@ def _provenance(facts: CardFacts) -> list[str]:
     lines = [
         "## Provenance",
         "",
-        "`provenance.json` holds SHA-256 digests of every stage's files, from the text to the exam, and of every file "
+        "`provenance.json` holds digests of every stage's files, from the text to the exam, and of every file "
         "here. `medllm release verify DIR --run RUN` reads them all again.",
         "",
         f"Digest of the chain: `{facts.chain_digest}`",

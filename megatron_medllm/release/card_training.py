@@ -22,7 +22,7 @@ def training_section(run: FinishedRun, *, hardware: str | None) -> list[str]:
     lines = ["## Training", "", *markdown_table(["", *names], rows), ""]
     layout = run.config.layout
     lines += [
-        f"Model in {run.config.model.dtype}; {layout.world_size} processes (tensor parallel {layout.tp}, pipeline "
+        f"Model in {run.config.model.dtype}; {layout.world_size} {'process' if layout.world_size == 1 else 'processes'} (tensor parallel {layout.tp}, pipeline "
         f"{layout.pp}, context {layout.cp}). {_machine(run, hardware)}",
         "",
     ]

@@ -1,8 +1,9 @@
 """The chain of digests from the text that a model learned from to the exam that it sat.
 
 A *stage* of the chain is a set of files. Each has a label: its path inside the run directory or, where it lies
-elsewhere, `outside/NUMBER/NAME`, since a release is public and a hospital's paths are not. What produced a file may have
-recorded its digest (manifests, checkpoints): then a release takes that, and only `verify` reads the terabytes again.
+elsewhere, `outside/NUMBER/NAME`, since a release is public and a hospital's paths are not. What produced a file may
+have recorded its digest (manifests, checkpoints): then a release takes that, and only `verify` reads the terabytes.
+Digests are SHA-256 but for those of corpora, which say so: `blake2b-256:…`.
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_medllm.config.hf_files import weight_files
+from megatron_medllm.corpus.worker import digest_path
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams import loading
 from megatron_medllm.release.finished_run import RECIPE, FinishedRun
@@ -18,6 +20,7 @@ from megatron_medllm.storage import digest_file, read_json
 
 THREADS = 8  # one does not saturate a file system that is worth a 72B model
 OUTSIDE = "outside/"
+_BLAKE = "blake2b-256:"
 _STEP = "step-*"
 _CHECKPOINT_DIGESTS = "digests.json"
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -99,8 +102,8 @@ class Inventory:
     def _text_and_corpus(self) -> None:
         for name, folder in self._run.corpora().items():
             manifest = self._run.manifest(name)
-            texts = {self._run.place(path): digest for path, digest in manifest.get("inputs", {}).items()}
-            outputs = {folder / file: digest for file, digest in manifest["outputs"].items()}
+            texts = {self._run.place(path): _BLAKE + digest for path, digest in manifest.get("inputs", {}).items()}
+            outputs = {folder / file: _BLAKE + digest for file, digest in manifest["outputs"].items()}
             for path in outputs:
                 if not path.is_file():
                     raise UserError(f"chain: stage corpus is missing: {path}: no such file")
@@ -177,6 +180,11 @@ def exam_summary(run: FinishedRun) -> dict[str, Any]:
             "add a section eval to the recipe and run medllm pipeline again"
         )
     return dict(read_json(path))
+
+
+def digest_like(path: Path, known: str) -> str:
+    """A file's digest, by the algorithm of `known`."""
+    return _BLAKE + digest_path(str(path)) if known.startswith(_BLAKE) else digest_file(path)
 
 
 def digest_files(paths: Iterable[Path], stage: str) -> list[str]:

@@ -1,9 +1,9 @@
 """Under which licence a model may be passed on: its base's, which for Qwen depends on the size.
 
-Qwen2.5 of 0.5B, 1.5B, 7B, 14B and 32B, and the dense Qwen3 models, are under Apache-2.0. Qwen2.5 of 3B is under the Qwen
-RESEARCH LICENSE AGREEMENT (`qwen-research` on the hub: no commercial use), that of 72B under the Qwen LICENSE AGREEMENT
-(`qwen`). The hub files both as `license: other` with `license_name` and `license_link`. Both ask for a copy of the
-agreement, a NOTICE, and "Built with Qwen" or "Improved using Qwen" in the documentation.
+Qwen2.5 of 0.5B, 1.5B, 7B, 14B and 32B, and the dense Qwen3 models, are under Apache-2.0. Qwen2.5 of 3B is under the
+Qwen RESEARCH LICENSE AGREEMENT (`qwen-research` on the hub: no commercial use), that of 72B under the Qwen LICENSE
+AGREEMENT (`qwen`). The hub files both as `license: other` with `license_name` and `license_link`. Both ask for a copy
+of the agreement, a NOTICE, and "Built with Qwen" or "Improved using Qwen" in the documentation.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Does each stage of the chain really come from the one before it? What the stages recorded of their inputs is compared.
+"""Does each stage of the chain come from the one before it? What the stages recorded of their inputs is compared.
 
-A digest of every file says that nothing has changed since the release. It does not say that the pairs are those that the
-model was trained on: they may have been sampled again before. The records say it.
+A digest of every file says that nothing has changed since the release. It does not say that the pairs are those that
+the model was trained on: they may have been sampled again before. The records say it.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ def write_provenance(
     """Write it; `files` are digests of everything else in the release."""
     value: dict[str, Any] = {
         "format": 1,
-        "algorithm": "sha256",
+        "algorithm": "sha256, unless another stands before the digest",
         "medllm": __version__,
         "model": model,
         "chain": chain,

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_medllm.errors import UserError
-from megatron_medllm.release.chain import OUTSIDE, THREADS, Inventory
+from megatron_medllm.release.chain import OUTSIDE, THREADS, Inventory, digest_like
 from megatron_medllm.release.finished_run import FinishedRun
 from megatron_medllm.release.provenance_file import NAME, read_provenance
-from megatron_medllm.storage import digest_file
 
 RELEASE = "release"
 
@@ -93,7 +92,8 @@ def _outside(run: FinishedRun, expected: Mapping[str, Mapping[str, str]]) -> dic
 def _compare(expected: Mapping[str, Mapping[str, str]], places: Mapping[_Place, Path]) -> dict[_Place, str]:
     """What is wrong with each file that is not as it was."""
     with ThreadPoolExecutor(THREADS) as pool:
-        found = zip(places, pool.map(_digest, places.values()), strict=True)
+        known = [expected[stage][label] for stage, label in places]
+        found = zip(places, pool.map(_digest, places.values(), known), strict=True)
         return {
             (stage, label): "is missing" if digest is None else "does not match its digest"
             for (stage, label), digest in found
@@ -101,9 +101,9 @@ def _compare(expected: Mapping[str, Mapping[str, str]], places: Mapping[_Place, 
         }
 
 
-def _digest(path: Path) -> str | None:
+def _digest(path: Path, known: str) -> str | None:
     try:
-        return digest_file(path)
+        return digest_like(path, known)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -54,8 +54,8 @@ def write_release(run_dir: Path, hf_dir: Path, options: ReleaseOptions) -> Relea
     """Write the release of a run's model to `hf_dir`.
 
     Raises:
-        UserError: no exam, a licence that forbids it, a chain with a gap, a damaged weight, a full disk; `hf_dir` is not
-            there then.
+        UserError: no exam, a licence that forbids it, a chain with a gap, a damaged weight, a full disk; `hf_dir`
+            is not there then.
     """
     refuse_existing(hf_dir)
     run = FinishedRun.open(run_dir, options.stage)
