@@ -21,9 +21,10 @@ def training_section(run: FinishedRun, *, hardware: str | None) -> list[str]:
     rows = [[key, *(column.get(key, "–") for column in columns)] for key in settings]
     lines = ["## Training", "", *markdown_table(["", *names], rows), ""]
     layout = run.config.layout
+    processes = f"{layout.world_size} process{'' if layout.world_size == 1 else 'es'}"
     lines += [
-        f"Model in {run.config.model.dtype}; {layout.world_size} {'process' if layout.world_size == 1 else 'processes'} (tensor parallel {layout.tp}, pipeline "
-        f"{layout.pp}, context {layout.cp}). {_machine(run, hardware)}",
+        f"Model in {run.config.model.dtype}; {processes} (tensor parallel {layout.tp}, pipeline {layout.pp}, context "
+        f"{layout.cp}). {_machine(run, hardware)}",
         "",
     ]
     return lines
