@@ -3,27 +3,20 @@
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
-from typer.core import TyperGroup
 
-from megatron_medllm.cli.options import print_text
+from megatron_medllm.cli.options import DefaultCommand, print_text
 from megatron_medllm.errors import UserError
 
-_DEFAULT = "write"
 
+class DefaultToWrite(DefaultCommand):
+    """`medllm release RUN HF_DIR` means `medllm release write RUN HF_DIR`."""
 
-class _WithDefault(TyperGroup):
-    """`medllm release RUN HF_DIR` is `medllm release write RUN HF_DIR`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
-            args = [_DEFAULT, *args]
-        return super().parse_args(ctx, args)
+    default = "write"
 
 
 release_app = typer.Typer(
-    cls=_WithDefault,
+    cls=DefaultToWrite,
     no_args_is_help=True,
     help="What one uploads of a run: `medllm release RUN HF_DIR`, then `medllm release verify HF_DIR --run RUN`.",
 )
