@@ -150,5 +150,5 @@ def test_two_places_that_contradict_each_other(tmp_path: Path):
 
 
 def test_transformer_engine_is_not_asked_for_yarn():
-    with pytest.raises(UserError, match="model.backend=te: YaRN is computed by model.backend=torch only"):
+    with pytest.raises(UserError, match=r"model\.backend=te: YaRN is computed by model\.backend=torch only"):
         transformer_config(with_yarn(SIZES["7b"]), LayoutConfig(), ModelConfig(size="7b", backend="te"))
