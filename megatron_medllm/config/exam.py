@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from megatron_medllm.config.base import Section
 from megatron_medllm.config.cluster import Seconds
+from megatron_medllm.config.thinking import Thinking
 
 ModeName = Literal["answer_only", "explained"]
 
@@ -32,6 +33,17 @@ class PromptConfig(Section):
     explain_shots: bool = Field(default=True, description="explained mode: the worked examples explain too")
     reveal_count: bool = Field(default=True, description="tell how many choices are right, as the official prompt does")
     chat: bool = Field(default=False, description="use the tokenizer's chat template (Instruct models)")
+    thinking: Thinking = Field(
+        default="auto",
+        description="chat: the template's switch for thinking first (Qwen3's enable_thinking); "
+        "auto: the template's own default",
+    )
+
+    @model_validator(mode="after")
+    def _thinks_in_chat(self) -> "PromptConfig":
+        if self.thinking != "auto" and not self.chat:
+            raise ValueError(f"thinking={self.thinking} is a chat template's switch: set chat=true")
+        return self
 
 
 class EngineConfig(Section):
