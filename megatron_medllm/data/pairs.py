@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
 from megatron_medllm.account import Account
-from megatron_medllm.config.thinking import Thinking
+from megatron_medllm.config.base import Switch
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.pair_file import Message, PairText, read_pairs
 from megatron_medllm.errors import UserError
@@ -191,7 +191,7 @@ def _compile(pattern: str) -> re.Pattern:
 
 
 def _chat_template(
-    tokenizer_dir: Path, *, needs_end: bool, thinking: Thinking
+    tokenizer_dir: Path, *, needs_end: bool, thinking: Switch
 ) -> tuple[Callable[[list[Message]], str], str]:
     """The template as a function of a prompt's messages, and what it writes behind an answer."""
     # transformers is slow to import

@@ -6,7 +6,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from megatron_medllm.config.thinking import SWITCH, Thinking
+from megatron_medllm.config.base import Switch
+from megatron_medllm.config.exam import THINKING_SWITCH
 from megatron_medllm.errors import UserError
 
 
@@ -32,7 +33,7 @@ def apply_template(
     turns: list[dict[str, str]],
     *,
     directory: Path,
-    thinking: Thinking = "auto",
+    thinking: Switch = "auto",
 ) -> str:
     """The prompt that the chat template makes of `turns`, up to where the answer begins.
 
@@ -42,9 +43,9 @@ def apply_template(
     Raises:
         UserError: the template refuses the turns, or has no such switch.
     """
-    if thinking != "auto" and SWITCH not in str(tokenizer.chat_template):
-        raise UserError(f"{directory}: thinking={thinking}, but the chat template has no switch `{SWITCH}`")
-    switch: dict[str, Any] = {} if thinking == "auto" else {SWITCH: thinking == "on"}
+    if thinking != "auto" and THINKING_SWITCH not in str(tokenizer.chat_template):
+        raise UserError(f"{directory}: thinking={thinking}, but the chat template has no switch `{THINKING_SWITCH}`")
+    switch: dict[str, Any] = {} if thinking == "auto" else {THINKING_SWITCH: thinking == "on"}
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch))
     except (TemplateError, TypeError, ValueError) as error:

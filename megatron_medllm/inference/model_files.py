@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from megatron_medllm.config.exam import THINKING_SWITCH
 from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME, weight_files
-from megatron_medllm.config.thinking import SWITCH
 from megatron_medllm.errors import UserError
 
 _WHOLE_BYTES = 256 * 2**20
@@ -42,8 +42,8 @@ def require_thinking_switch(model_dir: Path) -> None:
         UserError: no file of a chat template has it.
     """
     files = [model_dir / name for name in _TEMPLATE_FILES]
-    if not any(SWITCH in path.read_text(encoding="utf-8") for path in files if path.is_file()):
-        raise UserError(f"{model_dir}: prompt.thinking is set, but the chat template has no switch `{SWITCH}`")
+    if not any(THINKING_SWITCH in path.read_text(encoding="utf-8") for path in files if path.is_file()):
+        raise UserError(f"{model_dir}: prompt.thinking is set, but the chat template has no switch `{THINKING_SWITCH}`")
 
 
 def model_digest(model_dir: Path) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from megatron_medllm.config.thinking import Thinking
+from megatron_medllm.config.base import Switch
 from megatron_medllm.exams.ending import answer_end
 from megatron_medllm.exams.prompts import Mode
 
@@ -31,7 +31,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ends_as: Mode | None = None
-    thinking: Thinking = "auto"
+    thinking: Switch = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. A switch that is left alone is not written: answers are kept under what was asked."""

@@ -1,6 +1,5 @@
 """The switch of a chat template for thinking first, on its way to every engine and into training."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_medllm.config.exam import EngineConfig, PromptConfig
+from megatron_medllm.config.run import load
 from megatron_medllm.data.tokenizer import apply_template, end_of_turn, load_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.engines import open_engine
@@ -105,4 +105,15 @@ def test_the_switch_needs_a_chat_template():
     with pytest.raises(ValueError, match="thinking=off is a chat template's switch: set chat=true"):
         PromptConfig(thinking="off")
     with pytest.raises(ValueError, match="'auto', 'on' or 'off'"):
-        PromptConfig.model_validate(json.loads('{"chat": true, "thinking": true}'))
+        PromptConfig(chat=True, thinking="yes")
+
+
+@pytest.mark.parametrize(("word", "read"), [("auto", "auto"), ("on", "on"), ("off", "off"), ("'off'", "off")])
+def test_a_recipe_may_say_on_and_off_without_quotes(tmp_path: Path, word: str, read: str):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run_dir: r\nmodel: {{size: mini}}\nlayout: {{overlap_grad_reduce: {word}}}\n"
+        f"eval: {{exam: {{data: [x]}}, prompt: {{chat: true, thinking: {word}}}}}\n"
+    )
+    run = load(recipe, [])
+    assert run.eval is not None and run.eval.prompt.thinking == read == run.layout.overlap_grad_reduce
