@@ -15,7 +15,9 @@ from megatron_medllm.config.rope import Yarn
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
+from megatron_medllm.models.qwen25 import build_model
 from megatron_medllm.models.yarn import yarn_frequencies
+from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.worlds.model_dir import twin_shape, write_config, write_twin
 from tests.worlds.running import IDS, assert_close, running
@@ -147,6 +149,18 @@ def test_two_places_that_contradict_each_other(tmp_path: Path):
     both = {"rope_scaling": {"type": "yarn", **QWEN_128K}, "rope_parameters": {"rope_type": "default"}}
     with pytest.raises(UserError, match="rope_scaling and rope_parameters scale RoPE differently"):
         shape_from_hf_config(write_config(tmp_path, SIZES["7b"], **both))
+
+
+def test_a_model_built_without_storage_knows_its_frequencies():
+    here = runtime.start(LayoutConfig(), seed=0)
+    try:
+        shape = with_yarn(twin_shape("qwen3-0.6b"))
+        expected, factor = yarn_frequencies(shape.yarn, width=8, base=1e6)
+        for device in (here.device, torch.device("meta")):
+            (chunk,) = build_model(ModelConfig(shape=shape, dtype="float32"), LayoutConfig(), device=device)
+            assert torch.equal(chunk.rotary_pos_emb.inv_freq, expected) and chunk.rotation_factor == factor
+    finally:
+        runtime.stop()
 
 
 def test_transformer_engine_is_not_asked_for_yarn():
