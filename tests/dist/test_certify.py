@@ -66,7 +66,7 @@ def run_of(name: str, run_dir: Path) -> RunConfig:
 
 def example_stages(path: Path) -> list[RunConfig]:
     """An example's run for every stage that trains, its model given by size."""
-    size = next((f"model.size={size}" for size in ("72b", "7b", "0.5b") if f"-{size}-" in f"{path.stem}-"), None)
+    size = next((f"model.size={size}" for size in ("qwen3-8b", "72b", "7b", "0.5b") if f"-{size}-" in f"{path.stem}-"), None)
     run = load(path, ["data=none", *(["model.path=null", size] if size else [])])
     return [run.model_copy(update={"stage": name}) for name in ("base", "cpt", "rpo") if getattr(run, name) is not None]
 

@@ -17,7 +17,7 @@ from megatron_medllm.train.scoring import score
 from tests.worlds.pairs import random_pairs, rpo_settings, write_model, write_pairs
 from tests.worlds.run import metrics, run_config
 
-PAIRS = random_pairs(40, seed=4)
+PAIRS = random_pairs(8, seed=4)
 # A short first context, so that these documents lie beyond it.
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
@@ -50,7 +50,7 @@ def test_five_steps_of_cpt_and_five_of_rpo(tmp_path: Path, name: str):
     check_export(tmp_path / "run" / "cpt", tmp_path)
 
     pairs = write_pairs(tmp_path / "pairs.jsonl", PAIRS)
-    run = run_config(rpo_settings(trained, pairs, tmp_path / "rpo"))
+    run = run_config(rpo_settings(trained, pairs, tmp_path / "rpo", epochs=5))
     table = parquet.read_table(score(run) / "part-00000.parquet")
     for side in ("chosen", "rejected"):
         ours = dict(zip(table["row"].to_pylist(), table[f"{side}_logprob"].to_pylist(), strict=True))
