@@ -145,8 +145,11 @@ def hf_config(shape: ModelShape, dtype: torch.dtype, source_dir: Path | None) ->
     source_path = source_dir / "config.json" if source_dir else None
     config = read_json(source_path) if source_path and source_path.exists() else {}
     source_scaling = config.get("rope_scaling")
-    for spelled_otherwise in ("rope_parameters", "rope_scaling", "dtype", "layer_types", "head_dim"):
-        config.pop(spelled_otherwise, None)
+    spelled_otherwise = ("rope_parameters", "rope_scaling", "dtype", "layer_types")
+    for name in (*spelled_otherwise, "head_dim", "attention_bias"):  # the last two: another family's
+        config.pop(name, None)
+    if not shape.traits.qkv_bias:
+        config["attention_bias"] = False
     if shape.head_dim is not None:
         config["head_dim"] = shape.head_dim
     if shape.yarn is not None:
