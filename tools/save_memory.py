@@ -77,7 +77,7 @@ def measure(shape: ModelShape, dtype: str, directory: Path) -> dict[str, Any]:
     chunks[0].zero_grad_buffer()
     chunks[0].start_grad_sync()
     chunks[0].finish_grad_sync()
-    mcore.clip_and_step(optimizer, clip_grad=0.0)
+    mcore.clip_and_step(optimizer, norm=mcore.gradient_norm(optimizer), clip_grad=0.0)
 
     def save(name: str, *, wait: bool) -> Callable[[], None]:
         def work() -> None:

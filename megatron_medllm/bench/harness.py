@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.workload import Workload
 from megatron_medllm.storage import atomic_write, write_json
 from megatron_medllm.train.throughput import hardware_of_device, peak_flops, peak_memory_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Measured:
     loss: float | None = None
 
 
-def measured_window(step: Callable[[int], Measured], settings: BenchSettings, device: torch.device) -> list[Measured]:
+def measured_window(step: Callable[[int], T], settings: BenchSettings, device: torch.device) -> list[T]:
     """Run the warm-up and the window, and return the window's steps. Peak memory counts from the window's start."""
     for index in range(settings.warmup_steps):
         step(index)

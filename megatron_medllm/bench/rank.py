@@ -6,6 +6,7 @@ are known before there are hundreds. Communication takes no time here, and waiti
 """
 
 import gc
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -216,9 +217,10 @@ def _step(
     with clock.part("forward_backward"):
         forward_backward(rows.forward, chunks, optimizer, batch, stream_length=rows.stream_length)
     with clock.part("optimizer"):
-        updated, norm = mcore.clip_and_step(optimizer, clip_grad=config.optimizer.clip_grad)
-    if not updated:  # its time and memory would be missing
-        raise UserError(f"the optimizer's step was not taken: the gradient norm is {norm}")
+        norm = mcore.gradient_norm(optimizer)
+        if not math.isfinite(norm):  # the step's time and memory would be missing
+            raise UserError(f"the optimizer's step was not taken: the gradient norm is {norm}")
+        mcore.clip_and_step(optimizer, norm=norm, clip_grad=config.optimizer.clip_grad)
     return clock
 
 

@@ -5,9 +5,10 @@ reduction, clipping, optimizer. Checkpoints, validation and logging are left out
 RPO refuses a first step whose margin over its reference is not 0.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
 from megatron_medllm.bench.harness import (
     BenchSettings,
@@ -26,7 +27,7 @@ from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.planner.from_config import workload_of
-from megatron_medllm.train.one_step import run_step
+from megatron_medllm.train.one_step import StepResult, run_step
 from megatron_medllm.train.scoring import score_run_pairs
 from megatron_medllm.train.setup import Trainer, build_trainer
 from megatron_medllm.train.throughput import StepClock
@@ -60,30 +61,48 @@ def measure(run: RunConfig, settings: BenchSettings) -> Path:
         runtime.stop()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step, as the loop runs it."""
+
+    clock: StepClock
+    seconds: float
+    result: StepResult
+
+
 def _measure_training(run: RunConfig, settings: BenchSettings, trainer: Trainer) -> Path:
     require_steps(trainer.step.total_steps, settings)
-    ranks = trainer.runtime
-    rows = measured_window(lambda index: _step(trainer, index), settings, ranks.device)
-    return write_model_result("throughput", run, settings, rows, ranks)
+    window_ends = settings.warmup_steps + settings.steps
+    steps = measured_window(
+        lambda index: _run(trainer, index, wait=index + 1 >= window_ends), settings, trainer.runtime.device
+    )
+    return write_model_result(
+        "throughput", run, settings, [_measured(trainer, step) for step in steps], trainer.runtime
+    )
 
 
-def _step(trainer: Trainer, index: int) -> Measured:
-    """One optimizer step, as the loop runs it; a step without an update is no measurement."""
-    dist.barrier()
+def _run(trainer: Trainer, index: int, *, wait: bool) -> _Step:
+    """A step right behind the one before, as in training: only the window's last, and a profiled one, is waited for."""
     clock = StepClock()
-    done = run_step(trainer, index, clock)
-    seconds = clock.seconds()
-    if done.problem is not None:
-        raise UserError(f"step {index + 1} was not measured: {done.problem}")
-    step, ranks = trainer.step, trainer.runtime
-    work = total_work([local_work(m, unit=step.unit) for m in done.micro_batches], ranks)
-    pairs = {"pairs": done.metrics["pairs"]} if step.unit == "pairs" else {}
+    result = run_step(trainer, index, clock)
+    if wait and trainer.runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    return _Step(clock, clock.seconds(), result)
+
+
+def _measured(trainer: Trainer, done: _Step) -> Measured:
+    """A step's figures; one without an update is no measurement."""
+    if done.result.problem is not None:
+        raise UserError(f"a step was not measured: {done.result.problem}")
+    step, metrics = trainer.step, done.result.metrics
+    work = total_work([local_work(m, unit=step.unit) for m in done.result.micro_batches], trainer.runtime)
+    pairs = {"pairs": metrics["pairs"]} if step.unit == "pairs" else {}
     return Measured(
-        seconds=seconds,
-        parts=clock.parts,
+        seconds=done.seconds,
+        parts=done.clock.parts,
         tokens=work.tokens,
         padding=work.padding,
         counts={"loss_tokens": work.loss_tokens, **pairs},
         flops=both_flops(workload_of(trainer.run), work, forward_only=False),
-        loss=done.metrics["loss"],
+        loss=metrics["loss"],
     )

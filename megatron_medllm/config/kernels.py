@@ -19,6 +19,9 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "foreach", "megatron"] = Field(
         default="auto", description="norm, scaling and copies of many small tensors: in one call each, or one by one"
     )
+    swiglu: Literal["auto", "triton", "megatron"] = Field(
+        default="auto", description="the FFN's activation: our Triton kernels (CUDA), or Megatron-Core's"
+    )
     copies: Literal["auto", "ahead", "blocking"] = Field(
         default="auto", description="a micro-batch's way to the device: prepared while the last one computes, or not"
     )

@@ -7,95 +7,23 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     StrictBool,
     StrictStr,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from megatron_medllm.config.base import Section, first_problem
 from megatron_medllm.config.families import FAMILIES
 from megatron_medllm.config.families.family import Family, Size
+from megatron_medllm.config.megatron_dirs import find_megatron
+from megatron_medllm.config.megatron_yaml import megatron_shape
 from megatron_medllm.config.rope import HFRope, Positive, Yarn
+from megatron_medllm.config.shape import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
-
-
-class ModelShape(Section):
-    """The numbers that fix a model's parameters and what it computes, in Megatron-Core's spelling."""
-
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_query_groups: int = Field(gt=0, description="key/value heads")
-    ffn_hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(
-        gt=0, description="rows of the embedding as published, before padding for tensor parallelism"
-    )
-    tie_embeddings: bool
-    layernorm_epsilon: float = 1e-6
-    rotary_base: float = 1_000_000.0
-    max_position_embeddings: int = 32768
-    family: str = Field(default="qwen2", description="Hugging Face's model_type: qwen2 (Qwen2.5) or qwen3")
-    head_dim: int | None = Field(
-        default=None, gt=0, description="width of a head; default: 128 for qwen3; qwen2's is hidden_size / heads"
-    )
-    yarn: Yarn | None = Field(default=None, description="RoPE scaled by YaRN; default: not scaled")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _family_head_dim(cls, values: Any) -> Any:
-        """A family's own head width is written out: equal models are equal shapes."""
-        if isinstance(values, dict) and values.get("head_dim") is None:
-            family = FAMILIES.get(str(values.get("family", "qwen2")))
-            if family is not None and family.head_dim is not None:
-                return values | {"head_dim": family.head_dim}
-        return values
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelShape":
-        if self.family not in FAMILIES:
-            raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
-        if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"{self.num_attention_heads} heads are not a multiple of {self.num_query_groups} KV heads")
-        if self.head_dim is not None and self.traits.head_dim is None:
-            raise ValueError(f"head_dim: {self.traits.name}'s heads are hidden_size / heads wide")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        if self.kv_channels % 2:
-            raise ValueError(f"heads of {self.kv_channels} numbers; RoPE rotates halves, so the width must be even")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What Qwen2.5 leaves at its default is not written: a run resumes from checkpoints older than these fields."""
-        written: dict[str, Any] = handler(self)
-        defaults = {"family": "qwen2", "head_dim": None, "yarn": None}
-        return {name: value for name, value in written.items() if name not in defaults or value != defaults[name]}
-
-    @property
-    def traits(self) -> Family:
-        """What holds of the whole family."""
-        return FAMILIES[self.family]
-
-    @property
-    def kv_channels(self) -> int:
-        """Width of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def query_width(self) -> int:
-        """Width of all query heads, and of attention's output: the hidden size, unless heads have their own width."""
-        return self.num_attention_heads * self.kv_channels
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all key heads, and of all value heads."""
-        return self.num_query_groups * self.kv_channels
 
 
 def _shape(size: Size, family: Family) -> ModelShape:
@@ -122,12 +50,15 @@ SIZES: dict[str, ModelShape] = {
 class ModelConfig(Section):
     """Where the model's shape and starting weights come from.
 
-    `path` (an HF directory) gives both. `size` alone names a shape and starts from random weights; `shape` spells
-    one out. `backend` picks Transformer Engine's layers or torch's.
+    `path` (an HF directory, or a Megatron checkpoint) gives both. `size` alone names a shape and starts from random
+    weights; `shape` spells one out. `backend` picks Transformer Engine's layers or torch's.
     """
 
     size: str | None = None
     path: Path | None = None
+    source: Path | None = Field(
+        default=None, description="HF directory with config.json and tokenizer, where `path` is a checkpoint without"
+    )
     shape: ModelShape | None = None
     backend: Literal["torch", "te"] = "torch"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -149,22 +80,29 @@ class ModelConfig(Section):
         given = [name for name in ("size", "path", "shape") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of size, path and shape (found: {', '.join(given) or 'none'})")
+        if self.source is not None and self.path is None:
+            raise ValueError("source goes with path: it describes the checkpoint there")
         if self.size is not None and self.size not in SIZES:
             raise ValueError(f"unknown size {self.size!r}; known: {', '.join(SIZES)}")
         return self
 
     def resolve_shape(self) -> ModelShape:
-        """The shape, reading `path`/config.json where the model is given by directory.
+        """The shape, read from the model's directory where it is given by one.
 
         Raises:
-            UserError: `path` holds no config.json of a known family.
+            UserError: as `shape_of_directory`.
         """
         if self.shape is not None:
             return self.shape
         if self.size is not None:
             return SIZES[self.size]
         assert self.path is not None
-        return shape_from_hf_config(self.path)
+        return shape_of_directory(self.path, self.source)
+
+    def files_dir(self) -> Path | None:
+        """The folder that may hold the model's tokenizer: an HF directory, or what a checkpoint has in its place."""
+        place = None if self.path is None else find_megatron(self.path)
+        return self.path if place is None else self.source or place.tokenizer
 
 
 class _HFConfig(BaseModel):
@@ -288,3 +226,24 @@ def shape_from_hf_config(hf_dir: Path) -> ModelShape:
         raise UserError(f"{path}: {why}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def shape_of_directory(path: Path, source: Path | None = None) -> ModelShape:
+    """The shape of the model in an HF directory or a Megatron checkpoint.
+
+    Args:
+        path: of the directory.
+        source: HF directory whose config.json describes a Megatron checkpoint; default: what that carries. An HF
+            directory describes itself, so a recipe's later stages start from theirs whatever its `source` is.
+
+    Raises:
+        UserError: no configuration is there, it cannot be read, or it is not a Qwen2.5 model's or not the checkpoint's.
+    """
+    place = find_megatron(path)
+    if place is None:
+        return shape_from_hf_config(path)
+    given = None if source is None else shape_from_hf_config(source)
+    if place.writer != "medllm":
+        return megatron_shape(place, given)
+    assert place.tokenizer is not None
+    return given or shape_from_hf_config(place.tokenizer)

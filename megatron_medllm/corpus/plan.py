@@ -24,6 +24,11 @@ WORK = ".work"
 _PARTS_FORMAT = 3  # raised where a part's bytes change for the same input: parts of two formats do not mix
 
 
+def parts_folder(output_dir: Path) -> Path:
+    """Where the parts of a corpus lie while it is built."""
+    return output_dir / WORK / "parts"
+
+
 @dataclass(frozen=True)
 class Plan:
     """One corpus to build. `inputs` holds size and time of every input file, `identity` what the bytes depend on."""
@@ -43,7 +48,7 @@ class Plan:
     @property
     def parts(self) -> Path:
         """Where units become parts."""
-        return self.work / "parts"
+        return parts_folder(self.output_dir)
 
     @property
     def files(self) -> list[Path]:

@@ -18,7 +18,8 @@ class StageJob:
     `processes_per_node` 0 runs the command once per node, otherwise as that many ranks of one distributed job.
     `duration_s` None asks for the cluster's longest time. `save_time_s` is a checkpoint's, measured or planned.
     `checkpoints` is the directory whose `step-*` entries count as progress, `answers` the one whose logged answers do,
-    and `metrics` the file whose last line is shown by `medllm status`; all relative to the run. `array_size` n makes n
+    `parts` the one whose facts (`*.json`) do, and `metrics` the file whose last line is shown by `medllm status`; all
+    relative to the run. `array_size` n makes n
     independent tasks of it, each with its `--shard I/n` behind the command.
     `exam` is an exam's summary.json, which tells of the requirements that it did not meet. `after_any` starts the job
     when those before it have ended, well or not. `is_last`: no job of the chain waits for it.
@@ -35,6 +36,7 @@ class StageJob:
     checkpoints: str | None = None
     metrics: str | None = None
     answers: str | None = None
+    parts: str | None = None
     total_steps: int | None = None
     after: tuple[str, ...] = ()
     array_size: int | None = None

@@ -200,14 +200,15 @@ def exit_status(codes: list[int]) -> int:
     """One exit status for a node's processes.
 
     A request to run again counts only if every process that failed asked for it or was interrupted beside one that
-    did; any real failure wins, and of these a wrong input, which no other start mends. Death by signal -n becomes
-    128 + n, as shells write it.
+    did; any real failure wins, and of these a wrong input, which no other start mends. Who dies of USR1 asks for it
+    too: Slurm alone sends that, to what may not listen (a corpus) or not yet. Death by signal -n becomes 128 + n, as
+    shells write it.
     """
     failed = [code for code in codes if code]
     if not failed:
         return 0
     interrupted = {REQUEUE_EXIT_CODE, -signal.SIGUSR1, -signal.SIGTERM}
-    if REQUEUE_EXIT_CODE in failed and set(failed) <= interrupted:
+    if {REQUEUE_EXIT_CODE, -signal.SIGUSR1} & set(failed) and set(failed) <= interrupted:
         return REQUEUE_EXIT_CODE
     if USER_ERROR_EXIT_CODE in failed:  # the others may have crashed because one gave up
         return USER_ERROR_EXIT_CODE

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_medllm.config.cluster import ClusterConfig
 from megatron_medllm.config.run import RunConfig, StageName
+from megatron_medllm.corpus.plan import parts_folder
 from megatron_medllm.errors import UserError
 from megatron_medllm.launch.jobs import RunFiles, StageJob
 from megatron_medllm.launch.status import last_save_time_s
@@ -152,6 +153,7 @@ def _job(run: RunConfig, stage: Stage, cluster: ClusterConfig, *, after: tuple[s
         gpus_per_node=gpus if cluster.gpus else 0,
         processes_per_node=processes,
         answers=None if stage.engine is None else str(stage.outputs[0].resolve()),
+        parts=str(parts_folder(stage.outputs[0].resolve())) if stage.command is Command.CORPUS else None,
         after=after,
         exam=str(stage.outputs[0].resolve() / "summary.json") if stage.command is Command.EVAL else None,
     )

@@ -103,6 +103,8 @@ def verdict_of_nodes(exit_code: int, statuses: list[int], requeue_exit_code: int
         return USER_ERROR_EXIT_CODE
     interrupted = (0, requeue_exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
     real = [status for status in statuses if status not in interrupted]
+    if exit_code == 128 + signal.SIGUSR1:  # Slurm's, to a node that did not listen yet
+        exit_code = requeue_exit_code
     return max(real) if real and exit_code == requeue_exit_code else exit_code
 
 
@@ -156,9 +158,11 @@ def verdicts(run: pathlib.Path, spec: Row) -> Row:
 
 
 def newest_step(run: pathlib.Path, spec: Row) -> int:
-    """Step of the newest complete checkpoint, -1 without one; for an engine's work, how many answers are kept."""
+    """Step of the newest whole checkpoint, -1 without one; elsewhere how many answers or parts of a corpus are kept."""
     if spec.get("answers"):
         return sum(path.read_bytes().count(b"\n") for path in (run / spec["answers"]).glob("*answers*.jsonl"))
+    if spec.get("parts"):
+        return len(list((run / spec["parts"]).glob("[0-9]*.json")))
     if not spec.get("checkpoints"):
         return -1
     names = [path.name for path in (run / spec["checkpoints"]).glob("step-*")]

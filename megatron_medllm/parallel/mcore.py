@@ -1,5 +1,7 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,9 @@ from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -43,6 +47,34 @@ MOMENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
+
+
+def mlp_submodule(mlp: type[MLP], submodules: MLPSubmodules) -> Any:
+    """A layer's MLP as the installed version wants to be told of it.
+
+    From 0.18 on that is the class's own constructor for it. A spec of `MLP` is rewrapped there, with a warning a layer;
+    one of a subclass of it is called with arguments that it does not take.
+    """
+    if hasattr(mlp, "as_mlp_submodule"):
+        return functools.partial(mlp.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=mlp, submodules=submodules)
+
+
+# What 0.19 warns of wherever it is used so; docs/megatron-versions.md says what it means here.
+_KNOWN_WARNINGS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_WARNINGS[record.name])
+
+
+def hush_known_warnings() -> None:
+    """Keep them out of users' logs; everything else that Megatron-Core says passes."""
+    for name in _KNOWN_WARNINGS:
+        logging.getLogger(name).addFilter(_is_news)
 
 
 def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutConfig) -> list[nn.Module]:
@@ -124,7 +156,7 @@ def build_optimizer(
     foreach.use(built, helpers)
     for group in built.param_groups:  # upstream leaves it to its own scheduler to spare norms and biases
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize_gradients
     config.grad_scale_func = built.scale_loss
     hooks = [(chunk.no_sync, chunk.start_grad_sync, chunk.start_param_sync) for chunk in chunks]
     no_sync, grad_sync, param_sync = zip(*hooks, strict=True)
@@ -272,22 +304,41 @@ def restore(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, loaded
             optimizer.load_state_dict(loaded["optimizer"])
 
 
-def clip_and_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> tuple[bool, float]:
-    """Clip by the global norm and update the weights, unless the norm is not finite.
-
-    Upstream's `step` would clip by a NaN norm and so make every weight NaN.
-
-    Returns:
-        whether the weights were updated, and the gradient norm before clipping.
-    """
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The global norm of the gradients, once `run_micro_batches` has reduced them. Waits for the device."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    return float(optimizer.get_grad_norm())
+
+
+def clip_and_step(optimizer: MegatronOptimizer, *, norm: float, clip_grad: float) -> None:
+    """Clip by the global norm and update the weights.
+
+    Args:
+        optimizer: as `gradient_norm` left it.
+        norm: from there; a norm that is not finite would make every weight NaN.
+        clip_grad: the largest norm that is let through; 0: any.
+
+    Raises:
+        ValueError: the norm is not finite.
+    """
     if not math.isfinite(norm):
-        return False, norm
+        raise ValueError(f"no step by a gradient norm of {norm}")
     for leaf in foreach.leaves(optimizer):
         parameters = leaf.get_parameters()
         if clip_grad > 0 and parameters:
             decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
             clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, decoupled)
     optimizer.step_with_ready_grads()
-    return True, norm
+
+
+def _finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **settings: Any) -> None:
+    """Upstream's, which would wait for the device to ask whether any token counted before it divides by them."""
+    finalize_model_grads(model, None, **settings)
+    if num_tokens is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    last_stage = torch.distributed.get_process_group_ranks(pipeline)[-1]
+    torch.distributed.broadcast(num_tokens, src=last_stage, group=pipeline)
+    torch.distributed.all_reduce(num_tokens, group=_data_parallel_group())
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))

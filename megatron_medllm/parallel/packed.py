@@ -9,7 +9,6 @@ Without context parallelism a piece is a segment; with it, what a chunk of the s
 """
 
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 
 import numpy as np
@@ -156,7 +155,7 @@ class PackedSequences(PackedSeqParams):
         return self._plans
 
     def ragged_layout(self) -> "RaggedLayout":
-        """The same for a kernel with plans for some numbers of sequences; computed once per micro-batch.
+        """The same for cuDNN's ragged kernels; computed once per micro-batch.
 
         Raises:
             ValueError: under context parallelism.
@@ -165,13 +164,8 @@ class PackedSequences(PackedSeqParams):
             raise ValueError("a ragged layout is of a whole stream")
         if self._layout is None:
             (pieces,) = cut_into_pieces(self.segments, self.split)
-            self.set_ragged_layout(with_more_sequences(pieces, sequences_to_use(len(pieces))))
-        assert self._layout is not None
+            self._layout = _ragged_layout(pieces)
         return self._layout
-
-    def set_ragged_layout(self, pieces: list[SegmentPiece]) -> None:
-        """Decide which pieces `ragged_layout` is of."""
-        self._layout = _ragged_layout(pieces)
 
 
 @dataclass(frozen=True)
@@ -181,48 +175,6 @@ class RaggedLayout:
     lengths_q: tuple[int, ...]
     lengths_kv: tuple[int, ...]
     kv_rows: np.ndarray | None  # int64, rows of the stream that are the keys; None: all of it, in order
-
-
-def sequences_to_use(count: int) -> int:
-    """The next number of sequences that plans are made for: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    power = 1 << (count - 1).bit_length()
-    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
-
-
-def with_more_sequences(pieces: list[SegmentPiece], count: int) -> list[SegmentPiece]:
-    """As many pieces as asked for: first queries become pieces of their own, where that repeats the fewest keys.
-
-    Attention stays the same: a query alone still sees its prefix and the keys up to itself. A kernel that allows no
-    empty sequence can then have a round number of them. Fewer than asked for where every piece is one query.
-    """
-    cheapest = [(_keys_before(piece) + 1, index) for index, piece in enumerate(pieces)]
-    taken = [0] * len(pieces)  # queries split off the front of each piece
-    heapify(cheapest)
-    for _ in range(count - len(pieces)):
-        while cheapest and taken[cheapest[0][1]] + 1 >= pieces[cheapest[0][1]].end - pieces[cheapest[0][1]].start:
-            heappop(cheapest)  # one query is left of it
-        if not cheapest:
-            break
-        repeated, index = cheapest[0]
-        taken[index] += 1
-        heapreplace(cheapest, (repeated + 1, index))
-    result = []
-    for piece, singles in zip(pieces, taken, strict=True):
-        rest = piece.start + singles
-        result += [SegmentPiece(at, at + 1, _without_last(piece, at + 1)) for at in range(piece.start, rest)]
-        result.append(SegmentPiece(rest, piece.end, piece.keys))
-    return result
-
-
-def _keys_before(piece: SegmentPiece) -> int:
-    """Keys that its first query sees besides its own."""
-    return piece.length - (piece.end - piece.start)
-
-
-def _without_last(piece: SegmentPiece, end: int) -> tuple[tuple[int, int], ...]:
-    """The keys that queries up to `end` see: all but the last, which are one range."""
-    first, last = piece.keys[-1]
-    return (*piece.keys[:-1], (first, last - (piece.end - end)))
 
 
 def _ragged_layout(pieces: list[SegmentPiece]) -> RaggedLayout:

@@ -13,6 +13,7 @@ from megatron_medllm.models.adapters import add_adapters
 from megatron_medllm.models.attention_choice import choose_attention
 from megatron_medllm.models.initialize import random_values
 from megatron_medllm.models.materialize import Fill, fill_parameters
+from megatron_medllm.models.mlp import choose_swiglu
 from megatron_medllm.models.qwen25 import build_model, unwrap
 from megatron_medllm.parallel.runtime import Runtime
 
@@ -42,6 +43,7 @@ def build_chunks(
     if in_parts and runtime.device.type == "cuda":
         torch.cuda.empty_cache()  # what the layers' unquantized numbers took
     choose_attention(chunks, run.kernels.attention, runtime.device)
+    choose_swiglu(chunks, run.kernels.swiglu, runtime.device, run.model)
     return chunks
 
 

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_medllm.parallel import mcore
-from megatron_medllm.parallel.reduce import sum_metrics
+from megatron_medllm.parallel.reduce import start_sum
 from megatron_medllm.train.schedule import learning_rate
 from megatron_medllm.train.setup import Trainer
 from megatron_medllm.train.throughput import StepClock
@@ -39,7 +39,7 @@ def run_step(trainer: Trainer, step: int, clock: StepClock, *, veto: Veto = no_v
     Args:
         trainer: what is trained.
         step: from 0; decides data, learning rate and dropout, so that a resumed run repeats an uninterrupted one.
-        clock: its parts `data`, `forward_backward` and `optimizer` are set.
+        clock: its parts `data`, `forward_backward`, `gradient_norm` and, after an update, `optimizer` are set.
         veto: asked before the update.
 
     Raises:
@@ -60,15 +60,17 @@ def run_step(trainer: Trainer, step: int, clock: StepClock, *, veto: Veto = no_v
             micro_batches,
             stream_length=algorithm.stream_length,
         )
-    metrics = algorithm.summarize(sum_metrics(parts, algorithm.metric_names, trainer.runtime))
+        sums = start_sum(parts, algorithm.metric_names, trainer.runtime)
+    with clock.part("gradient_norm"):  # the one wait for the device in a step
+        norm = mcore.gradient_norm(trainer.optimizer)
+    metrics = algorithm.summarize(sums())
     problem = veto(step, metrics["loss"])
-    metrics["grad_norm"] = math.nan
+    if problem is None and not math.isfinite(norm):
+        problem = f"the gradient norm is {norm}"
     if problem is None:
         with clock.part("optimizer"):
-            updated, metrics["grad_norm"] = mcore.clip_and_step(trainer.optimizer, clip_grad=config.optimizer.clip_grad)
-        if not updated:
-            problem = f"the gradient norm is {metrics['grad_norm']}"
-    metrics["lr"] = rate
+            mcore.clip_and_step(trainer.optimizer, norm=norm, clip_grad=config.optimizer.clip_grad)
+    metrics |= {"grad_norm": norm, "lr": rate}
     algorithm.check(step, metrics)
     return StepResult(metrics, problem, micro_batches)
 

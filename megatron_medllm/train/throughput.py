@@ -14,33 +14,54 @@ from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.hardware import load_hardware
 from megatron_medllm.planner.workload import Workload
 
+# A point in time: of the host, or on CUDA of the device's queue, which the host does not wait for.
+_Mark = float | torch.cuda.Event
+
 
 class StepClock:
     """Seconds of a step and of its named parts.
 
     Args:
-        on_part: told each part's name as it begins, and "" as it ends.
+        on_part: told each part's name as the host begins it, and "" as the host ends it.
     """
 
     def __init__(self, on_part: Callable[[str], None] | None = None) -> None:
         self._on_part = on_part or (lambda _: None)
         self._started = time.monotonic()
-        self.parts: dict[str, float] = {}
+        self._spans: dict[str, tuple[_Mark, _Mark]] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time a block; on CUDA up to the end of its kernels."""
-        started = time.monotonic()
+        """Time a block: on CUDA its kernels, and nothing is waited for."""
+        start = _mark()
         self._on_part(name)
         yield
-        if torch.cuda.is_available():  # a CPU has no queue of kernels to wait for
-            torch.cuda.synchronize()
-        self.parts[name] = time.monotonic() - started
+        self._spans[name] = (start, _mark())
         self._on_part("")
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part that has ended; on CUDA this waits for the last one's kernels."""
+        return {name: _seconds_between(*span) for name, span in self._spans.items()}
 
     def seconds(self) -> float:
         """Since the step began."""
         return time.monotonic() - self._started
+
+
+def _mark() -> _Mark:
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]  # both are of one kind
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 # What torch calls a device, in full -> the planner's description of it. Others of a family (H100 PCIe and NVL, H800,
@@ -68,7 +89,7 @@ class Throughput:
 
     def of(self, metrics: dict[str, float], clock: StepClock) -> dict[str, float]:
         """Rates per second and per GPU, step_time_s and its parts, and peak memory of the main process."""
-        seconds = clock.seconds()
+        parts, seconds = clock.parts, clock.seconds()
         tokens = metrics["tokens"]
         flops = {"megatron": model_flops_per_token(self._workload, causal=False) * tokens}
         if "attended" in metrics:
@@ -78,7 +99,7 @@ class Throughput:
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_gpu": tokens / seconds / self._world_size,
             "step_time_s": seconds,
-            **{f"{name}_s": value for name, value in clock.parts.items()},
+            **{f"{name}_s": value for name, value in parts.items()},
             **{f"tflops_per_s_per_gpu_{name}": rate / 1e12 for name, rate in flops_per_s.items()},
             **(
                 {f"mfu_{name}": rate / self._peak_flops for name, rate in flops_per_s.items()}

@@ -87,7 +87,7 @@ def train(job: dict[str, Any]) -> None:
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])
         gradients = collect_gradients([unwrap(chunk) for chunk in chunks])
-        mcore.clip_and_step(optimizer, clip_grad=1.0)
+        mcore.clip_and_step(optimizer, norm=mcore.gradient_norm(optimizer), clip_grad=1.0)
     if "save" in job:
         Path(job["save"]).mkdir(exist_ok=True)
         StateWriter().start(mcore.sharded_state(chunks, optimizer, is_loading=False), Path(job["save"]), wait=True)

@@ -42,8 +42,8 @@ def train(job: dict[str, Any]) -> None:
         parts = forward_backward(partial(forward, ranks), chunks, optimizer, batches, stream_length=STREAM)
         sums = sum_metrics(parts, ("loss", "count"), ranks)
         losses.append(sums["loss"] / sums["count"])
-        _, norm = mcore.clip_and_step(optimizer, clip_grad=1.0)
-        norms.append(norm)
+        norms.append(mcore.gradient_norm(optimizer))
+        mcore.clip_and_step(optimizer, norm=norms[-1], clip_grad=1.0)
     layers = unwrap(chunks[0]).decoder.layers
     left = {
         "losses": losses,

@@ -44,7 +44,7 @@ def built(layout: LayoutConfig, *, dtype: str = "bfloat16", timeout_s: float = 6
             parameter.main_grad.copy_(torch.arange(parameter.numel()).sin().view_as(parameter))
         chunk.start_grad_sync()
         chunk.finish_grad_sync()
-    mcore.clip_and_step(optimizer, clip_grad=1.0)
+    mcore.clip_and_step(optimizer, norm=mcore.gradient_norm(optimizer), clip_grad=1.0)
     return ranks, chunks, optimizer
 
 

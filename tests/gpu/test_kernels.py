@@ -12,6 +12,7 @@ from megatron_medllm.kernels.fp8 import (
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
+from megatron_medllm.kernels.swiglu import swiglu, swiglu_torch
 from tests.worlds.head import HeadCase, make_case, relative_error
 
 pytestmark = [
@@ -97,3 +98,31 @@ def test_the_rotation_equals_its_twin():
     angles = rotation_angles(torch.arange(301).cuda() * 100, (1e6 ** (-torch.arange(0, 128, 2) / 128)).cuda())
     ours, twin = rope_triton.rotated(x, *angles), rope_torch.rotated(x, *angles)
     assert relative_error(ours.cpu(), twin.cpu()) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(257, 18944), (1, 1024), (70_000, 72), (5, 7)])
+def test_swiglu_equals_its_twin(tokens, width, dtype):
+    x = (torch.randn(tokens, 1, 2 * width, device="cuda") * 4).to(dtype).requires_grad_()
+    dy = torch.randn(tokens, 1, width, device="cuda").to(dtype)
+    y = swiglu(x)
+    y.backward(dy)
+    rows = x.detach()[:, 0].cpu()
+    limit = 5e-6 if dtype == torch.float32 else 2e-3
+    assert relative_error(y.detach()[:, 0].cpu(), swiglu_torch.forward(rows)) < limit
+    assert relative_error(x.grad[:, 0].cpu(), swiglu_torch.backward(rows, dy[:, 0].cpu())) < limit
+
+
+def test_swiglu_beyond_two_billion_numbers():
+    tokens, width = 57_344, 18_944  # 2.17e9 numbers of gate and up
+    x = torch.empty(tokens, 2 * width, dtype=torch.bfloat16, device="cuda")
+    x[-3:] = torch.randn(3, 2 * width, device="cuda")
+    x.requires_grad_()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = swiglu(x)
+    assert torch.cuda.max_memory_allocated() - held == y.nbytes  # nothing beside the result
+    assert relative_error(y.detach()[-3:].cpu(), swiglu_torch.forward(x.detach()[-3:].cpu())) < 2e-3
+    y.backward(y.detach())
+    expected = swiglu_torch.backward(x.detach()[-3:].cpu(), y.detach()[-3:].cpu())
+    assert relative_error(x.grad[-3:].cpu(), expected) < 2e-3

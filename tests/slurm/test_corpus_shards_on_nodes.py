@@ -1,6 +1,7 @@
-"""A corpus in four shards on three nodes of a real Slurm, one of them lost in the middle."""
+"""A corpus in four shards on three nodes of a real Slurm, one of them lost in the middle, another told to stop."""
 
 import random
+import subprocess
 from pathlib import Path
 
 import tokenizers
@@ -52,12 +53,16 @@ def test_a_corpus_in_shards_outlives_a_node_and_equals_one_process(
     slurm.wait(lambda: sum(int(part.stem) % 4 == 1 for part in parts.glob("0*.json")) >= 3, "parts of shard 2/4")
     victim = output("squeue", "--noheader", "--format=%B", f"--jobs={jobs['corpus-medical-shards']}_1")
     slurm.crash(victim)
+    # What Slurm sends when the time limit nears: a corpus does not listen, and goes on from its parts in another start.
+    subprocess.run(["scancel", "--signal=USR1", f"{jobs['corpus-medical-shards']}_2"], check=True)
     try:
         slurm.wait_for_state(jobs["corpus-medical"], "COMPLETED")
     finally:
         slurm.boot(victim)
     lost = starts(run_dir, "corpus-medical-shards.1")
     assert [row["restart"] for row in lost] == [0, 1] and lost[0]["nodes"] == victim != lost[1]["nodes"]
+    told = starts(run_dir, "corpus-medical-shards.2")
+    assert [row["restart"] for row in told] == [0, 1] and 0 == told[0]["step"] < told[1]["step"]
     assert [s.state for s in run_status(run_dir)] == ["finished", "finished"]
     build(config, tmp_path / "whole", workers=2)
     assert contents(run_dir / "corpus" / "medical") == contents(tmp_path / "whole")

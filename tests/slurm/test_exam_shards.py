@@ -1,5 +1,6 @@
-"""An exam in shards on three nodes of a real Slurm, one of them lost in the middle."""
+"""An exam in shards on three nodes of a real Slurm, one of them lost in the middle, another told to stop."""
 
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -40,6 +41,8 @@ def test_an_exam_in_shards_outlives_a_node_and_equals_one_process(
     task = f"{jobs['eval-base-shards']}_1"
     victim = output("squeue", "--noheader", "--format=%B", f"--jobs={task}")
     slurm.crash(victim)
+    # What Slurm sends when the time limit nears; the array's last task has the array's own job id.
+    subprocess.run(["scancel", "--signal=USR1", f"{jobs['eval-base-shards']}_2"], check=True)
     kept = log.read_bytes().count(b"\n")
     try:
         slurm.wait_for_state(jobs["eval-base"], "COMPLETED")
@@ -48,7 +51,9 @@ def test_an_exam_in_shards_outlives_a_node_and_equals_one_process(
     assert 1 <= kept < 4 and log.read_bytes().count(b"\n") == 4  # nothing was asked twice
     lost = starts(run_dir, "eval-base-shards.1")
     assert [row["restart"] for row in lost] == [0, 1] and lost[0]["nodes"] == victim != lost[1]["nodes"]
-    assert [(s.state, s.restarts) for s in run_status(run_dir)] == [("finished", 1), ("finished", 0)]
+    restarts = [[row["restart"] for row in starts(run_dir, f"eval-base-shards.{task}")] for task in (0, 2)]
+    assert restarts == [[0], [0, 1]]
+    assert [(s.state, s.restarts) for s in run_status(run_dir)] == [("finished", 2), ("finished", 0)]
     run_exam(config, tiny_model, whole)
     for name in ("results.jsonl", "summary.json", "report.md"):
         assert (run_dir / "eval" / "base" / name).read_bytes() == (whole / name).read_bytes(), name

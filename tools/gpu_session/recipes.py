@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-ON: dict[str, str] = {}  # every switch at auto: what a user gets
-OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking"}
+# Every switch at auto, but that plans of attention are built at once: what a user gets after some minutes.
+ON = {"attention": "cudnn"}
+OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking",
+       "swiglu": "megatron"}  # fmt: skip
 PAIRS = {"prompt_length": 300, "response_length": 300}
 WHOLE = {"document_length": 65536}  # longer than any row: attention over all of it
 TINY_SHAPE = (
@@ -19,10 +21,10 @@ class Row:
     recipe: str
     overrides: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
-    switches: dict[str, str] = field(default_factory=dict)
+    switches: dict[str, str] = field(default_factory=lambda: ON)
     kind: str = "train"
     steps: int = 4
-    warmup_steps: int = 2
+    warmup_steps: int = 12  # attention's plans for most kinds of streams are built in them
     rank: int = 0
     tiny: tuple[str, ...] = ()  # further overrides of a tiny run
     tiny_rank: int = 0
@@ -30,7 +32,10 @@ class Row:
     def all_overrides(self, *, tiny: bool) -> list[str]:
         """What follows the recipe on the command line: no data and no weights are read."""
         found = ["data=/nowhere", "model.path=null", *self.overrides]
-        found += [f"kernels.{name}={value}" for name, value in self.switches.items()]
+        found += [
+            f"kernels.{name}={'auto' if tiny and value == 'cudnn' else value}"  # a tiny run may be on a CPU
+            for name, value in self.switches.items()
+        ]
         return [*tiny_overrides(found), *self.tiny] if tiny else found
 
 
@@ -68,8 +73,8 @@ def rpo(length: int, *more: str, **settings: object) -> Row:
 FP8_8K = replace(lora(2, 8192), recipe="cpt-qwen2.5-7b-1n1g-fp8lora")
 # With every switch on, with every one off, with one off. What is compiled for one shape serves the rows beside it.
 ROWS: dict[str, Row] = {
-    "lora-8k-whole": lora(1, 8192, lengths=WHOLE),
-    "lora-8k-whole all off": lora(1, 8192, lengths=WHOLE, switches=OFF),
+    "lora-8k-whole": lora(1, 8192, lengths=WHOLE, warmup_steps=3),
+    "lora-8k-whole all off": lora(1, 8192, lengths=WHOLE, warmup_steps=3, switches=OFF),
     "lora-4k": lora(4, 4096),
     "lora-4k all off": lora(4, 4096, switches=OFF),
     "fp8-8k": FP8_8K,
@@ -80,9 +85,10 @@ ROWS: dict[str, Row] = {
     "rpo-2k-fp8": rpo(2048, "rpo.adapter.base=fp8"),
     "rpo-2k swiglu": rpo(2048, "layout.recompute=swiglu"),
     "lora-4k attention=flash": lora(4, 4096, switches={"attention": "flash"}),
-    "lora-4k lora=separate": lora(4, 4096, switches={"lora": "separate"}),
-    "lora-4k optimizer=megatron": lora(4, 4096, switches={"optimizer": "megatron"}),
-    "lora-4k copies=blocking": lora(4, 4096, switches={"copies": "blocking"}),
+    "lora-4k lora=separate": lora(4, 4096, switches=ON | {"lora": "separate"}),
+    "lora-4k optimizer=megatron": lora(4, 4096, switches=ON | {"optimizer": "megatron"}),
+    "lora-4k copies=blocking": lora(4, 4096, switches=ON | {"copies": "blocking"}),
+    "lora-4k swiglu=megatron": lora(4, 4096, switches=ON | {"swiglu": "megatron"}),
     "rpo-4k": rpo(4096),
     "lora-8k": lora(2, 8192),
 }

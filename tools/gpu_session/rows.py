@@ -9,12 +9,15 @@ import argparse
 import gc
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of unlike sizes share the memory
 
 from recipes import ROWS, Row
 

@@ -203,7 +203,6 @@ def watch(
     command = [sys.executable, "-W", "ignore", *part.command(folder, open_rows, tiny)]
     path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH", "")) if p)
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with open(log, "ab") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY, start_new_session=True

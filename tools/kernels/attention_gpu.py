@@ -6,7 +6,7 @@ Usage: python tools/kernels/attention_gpu.py --out DIR [--wheels DIR] [--limit-s
 Writes DIR/rows.jsonl after every measurement and prints a table at the end. A variant passes where nothing is NaN and
 the largest error of output and gradients, against fp32, is at most 1.5 times flash's. A variant that fails has the last
 lines of its traceback in its row. FLOPs count what the masks leave: two products forward, five backward. Heads of 64:8
-have two of the streams. `ragged, exact` has no more sequences than documents: one plan for every number of them.
+have two of the streams.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_medllm.kernels.attention import PlanCache, missing_front_end
 from megatron_medllm.models.attention import attend_by_default, dense_sdpa, padded_sdpa
 from megatron_medllm.models.attention_choice import ragged_cudnn
-from megatron_medllm.parallel.packed import PackedSequences, Segment, cut_into_pieces
+from megatron_medllm.parallel.packed import PackedSequences, Segment
 from megatron_medllm.storage import atomic_write
 
 WIDTH = 128
@@ -119,13 +119,7 @@ def variants(sweep: Sweep) -> dict[str, Callable[..., Tensor]]:
         assert out is not None  # a strict cache raises
         return out
 
-    def exact(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-        if not packed.tables:
-            (pieces,) = cut_into_pieces(packed.segments, packed.split)
-            packed.set_ragged_layout(pieces)
-        return ragged(query, key, value, packed, scale)
-
-    return {"flash": attend_by_default, "dense cuDNN": by_document, "ragged cuDNN": ragged, "ragged, exact": exact}
+    return {"flash": attend_by_default, "dense cuDNN": by_document, "ragged cuDNN": ragged}
 
 
 def inputs(sweep: Sweep, tokens: int, heads: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
@@ -272,9 +266,7 @@ def main() -> int:
             if heads == (64, 8) and stream not in ("one document", "packed 8k"):
                 continue
             for name, attend in variants(sweep).items():
-                if (name == "dense cuDNN" and stream != "one document") or (
-                    name == "ragged, exact" and stream != "packed 8k"
-                ):
+                if name == "dense cuDNN" and stream != "one document":
                     continue  # torch builds a plan for every length of a document
                 try_measure(sweep, name, attend, stream, segments, heads)
     print(table(sweep.rows))

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 import megatron_medllm.kernels.fp8.quantize_triton as fp8
 import megatron_medllm.kernels.logprob.rows_triton as head
 import megatron_medllm.kernels.rope.rope_triton as rope
+import megatron_medllm.kernels.swiglu.swiglu_triton as swiglu
 from megatron_medllm.storage import atomic_write
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -64,8 +65,18 @@ class Compiled:
 _EXP, _WIDE_LOAD, _WIDE_STORE, _TO_FP8 = "MUFU.EX2", "LDG.E.128", "STG.E.128", "SATFINITE.E4M3"
 _INTEGERS = dict.fromkeys(
     (
-        *("rows", "columns", "m", "k", "n", "heads", "half"),
-        *("z_stride", "out_stride", "x_stride", "q_stride", "qt_stride", "w_stride", "token_stride", "head_stride"),
+        *("rows", "columns", "m", "k", "n", "heads", "half", "width"),
+        *(
+            "z_stride",
+            "dy_stride",
+            "out_stride",
+            "x_stride",
+            "q_stride",
+            "qt_stride",
+            "w_stride",
+            "token_stride",
+            "head_stride",
+        ),
     ),
     "i32",
 )
@@ -108,6 +119,9 @@ def variants() -> Iterator[Variant]:
     for width in (64, 128):
         constants = {"HEADS": 4, "BLOCK": width // 2}
         yield Variant(f"rotate, heads of {width}", rope.rotate_kernel, {"out_ptr": "*bf16"}, constants, 4, ())
+    types, constants = {"out_ptr": "*bf16", "dy_ptr": "*bf16"}, {"BLOCK": 1024}
+    for name, kernel in (("forward", swiglu.swiglu_forward_kernel), ("backward", swiglu.swiglu_backward_kernel)):
+        yield Variant(f"swiglu, {name}", kernel, types, constants, 4, (_EXP, _WIDE_LOAD, _WIDE_STORE))
     types = {"q_ptr": "*u8", "out_ptr": "*u8"}
     yield Variant("transpose_fp8", fp8.transpose_kernel, types, {"TILE": 128}, 8, (_WIDE_LOAD, _WIDE_STORE))
 

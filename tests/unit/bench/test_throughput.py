@@ -72,7 +72,7 @@ def test_a_tiny_model_is_measured_on_random_data(tmp_path: Path) -> None:
     assert found["step_time_s"]["min"] * 3 <= window * 1.0001 <= found["step_time_s"]["max"] * 3 * 1.001
     # Documents are shorter than the row: what was attended is less than Megatron's full square.
     assert 0 < found["mfu"]["packed"] < found["mfu"]["megatron"]
-    assert set(found["parts_s"]) == {"data", "forward_backward", "optimizer"}
+    assert set(found["parts_s"]) == {"data", "forward_backward", "gradient_norm", "optimizer"}
     assert "| tokens/s/GPU |" in path.with_suffix(".md").read_text()
     other = tmp_path / "b.json"
     changed = {**found, "tokens_per_s_per_gpu": 2 * found["tokens_per_s_per_gpu"], "world_size": 7}

@@ -15,6 +15,7 @@ from megatron_medllm.kernels.fp8 import (
 )
 from megatron_medllm.kernels.logprob import fused_linear_logprob, rows_torch, rows_triton
 from megatron_medllm.kernels.rope import rope_torch, rope_triton, rotation_angles
+from megatron_medllm.kernels.swiglu import swiglu_torch, swiglu_triton
 from tests.unit.kernels.interpreter import cast_like_gpu, repair_casts
 from tests.worlds.head import HeadCase, make_case, relative_error
 
@@ -168,3 +169,32 @@ def test_the_rotation_equals_its_twin(heads, width, dtype):
     ours, twin = rope_triton.rotated(x, *angles), rope_torch.rotated(x, *angles)
     assert ours.is_contiguous()
     assert relative_error(ours, twin) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(3, 2368), (1, 1024), (5, 7), (2, 1), (0, 8)])
+def test_swiglu_equals_its_twin(tokens, width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(tokens, 2 * width, generator=generator).mul(4).to(dtype)
+    dy = torch.randn(tokens, width, generator=generator).to(dtype)
+    limit = 1e-6 if dtype == torch.float32 else 2e-3
+    for ours, twin in (
+        (swiglu_triton.forward(x), swiglu_torch.forward(x)),
+        (swiglu_triton.backward(x, dy), swiglu_torch.backward(x, dy)),
+    ):
+        assert ours.shape == twin.shape and ours.dtype == dtype and ours.is_contiguous()
+        assert not tokens or relative_error(ours, twin) < limit
+
+
+def test_swiglu_of_rows_that_lie_far_apart():
+    """Strides beyond 32 bits, where virtual memory is untouched; a column stride other than one; one dy for all."""
+    memory = torch.empty(2**32, dtype=torch.uint8).view(torch.bfloat16)
+    x = memory.as_strided((2, 12), (2**31 - 16, 1))
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(2, 12, generator=generator).bfloat16()
+    x.copy_(dense)
+    row = torch.randn(1, 6, generator=generator).bfloat16()
+    for gate_up, dy in ((x, row.expand(2, 6)), (dense.t().contiguous().t(), row[:, :1].expand(2, 6))):
+        assert torch.equal(swiglu_triton.forward(gate_up), swiglu_triton.forward(dense))
+        ours = swiglu_triton.backward(gate_up, dy)
+        assert relative_error(ours, swiglu_torch.backward(dense, dy)) < 2e-3

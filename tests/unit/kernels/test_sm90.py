@@ -36,7 +36,9 @@ def test_every_kernel_has_a_variant():
 
     compiled = {variant.kernel.__name__ for variant in VARIANTS}
     entry_points = {
-        name for name in kernels(tool.head) | kernels(tool.fp8) | kernels(tool.rope) if name.endswith("_kernel")
+        name
+        for name in kernels(tool.head) | kernels(tool.fp8) | kernels(tool.rope) | kernels(tool.swiglu)
+        if name.endswith("_kernel")
     }
     assert compiled == entry_points
 

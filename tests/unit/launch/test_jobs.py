@@ -128,6 +128,9 @@ def test_the_frozen_recipe_keeps_its_times(recipe: Path) -> None:
         ([85, 1], 1),
         ([1, 2, -signal.SIGTERM], 2),  # one rank refused its input, another lost its peer: another start mends nothing
         ([-signal.SIGKILL], 137),
+        ([-signal.SIGUSR1], 85),  # it did not listen, or not yet: another start goes on from what is on disk
+        ([-signal.SIGUSR1, -signal.SIGTERM], 85),
+        ([-signal.SIGUSR1, 1], 1),
         ([-signal.SIGTERM], 143),  # interrupted before it could save: not a request to run again
     ],
 )

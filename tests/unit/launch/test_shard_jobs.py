@@ -138,6 +138,14 @@ def test_answers_count_as_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert jobs_of(recipe(tmp_path))["eval-base-shards"].answers == "/lustre/runs/exam72/eval/base"
 
 
+def test_parts_of_a_corpus_count_as_progress(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name in ("000000.json", "000001.json", "000002.bin", "backend.json"):
+        (tmp_path / "parts" / name).touch()
+    spec = {"answers": None, "checkpoints": None, "parts": str(tmp_path / "parts")}
+    assert supervisor.newest_step(tmp_path, spec) == 2
+
+
 def test_a_corpus_is_an_array_and_a_last_job(tmp_path):
     corpora = """
 corpora:
@@ -149,5 +157,6 @@ corpora:
     build = ("-m", "megatron_medllm", "corpus", "build", "--only", "medical", str(CONFIG))
     assert (array.command, array.array_size, array.after) == (build, 8, ())
     assert (last.command, last.array_size, last.after) == ((*build, "--finish"), None, ("corpus-medical-shards",))
+    assert array.parts == last.parts == "/lustre/runs/exam72/corpus/medical/.work/parts"
     one = recipe(tmp_path, text=RECIPE + corpora)
     assert recipe_jobs(one, recipe_stages(one, CONFIG), one.cluster)[0].command == build

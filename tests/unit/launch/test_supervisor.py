@@ -99,6 +99,12 @@ def test_one_nodes_wrong_input_is_not_hidden_by_another_that_was_killed(run: Pat
     assert (ended["outcome"], ended["exit_code"]) == ("failed", 2)  # and not requeued
 
 
+def test_death_by_usr1_is_a_request_to_run_again_unless_a_node_failed_for_real(run: Path) -> None:
+    """Slurm alone sends it: before the node's agent listens, it ends the agent."""
+    assert end(run, 128 + signal.SIGUSR1)["reason"].startswith("saved and stopped on a signal or the time limit")
+    assert end(run, 128 + signal.SIGUSR1, 1)["reason"].startswith("the command failed with exit code 1")
+
+
 def test_one_nodes_crash_is_not_taken_for_a_request_to_run_again(run: Path) -> None:
     assert end(run, 85, 1, 85)["reason"].startswith("the command failed with exit code 1")
 

@@ -32,7 +32,7 @@ from tests.worlds.shapes import tiny_shape
 
 CPU = torch.device("cpu")
 SCALE = 1 / math.sqrt(16)
-# Two documents, a pair behind its prompt, one token, four more documents: nine sequences, so twelve for cuDNN.
+# Two documents, a pair behind its prompt, one token, four more documents: nine sequences for cuDNN.
 MANY = (
     Segment(0, 30), Segment(30, 97), Segment(97, 140), Segment(140, 151, 97, 140), Segment(151, 190, 97, 140),
     Segment(190, 191), Segment(191, 320), Segment(320, 322), Segment(322, 400),
@@ -155,20 +155,20 @@ def failing(key: Any, device: torch.device) -> Any:
 
 
 def test_a_plan_that_cannot_be_built_turns_ragged_off_with_one_warning(caplog: pytest.LogCaptureFixture):
-    plans = PlanCache(failing)
+    plans = PlanCache(failing, sightings=1)
     query = torch.randn(400, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     attend = CudnnAttention(dense=False, plans=plans)
     for _ in range(3):
         attend(query, query, query, pack(MANY), SCALE).sum().backward()  # by the default, on a CPU torch's SDPA
     assert plans.off is not None and "RuntimeError: No valid engine configs" in plans.off
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=12 "):
+    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=9 "):
         ragged_cudnn(query, query, query, pack(MANY), SCALE, PlanCache(failing, strict=True))
 
 
 def test_cudnns_own_error_turns_ragged_off_too(cudnn: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Graph, "unsupported", True)
-    plans = PlanCache()
+    plans = PlanCache(sightings=1)
     query = torch.randn(400, 2, 16, dtype=torch.bfloat16)
     assert ragged_cudnn(query, query, query, pack(MANY), SCALE, plans) is None
     assert str(plans.off).endswith("RuntimeError: cudnnGraphNotSupportedError: No valid engine configs")
@@ -176,11 +176,21 @@ def test_cudnns_own_error_turns_ragged_off_too(cudnn: None, monkeypatch: pytest.
 
 def test_only_so_many_plans_are_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(cudnn_ragged, "MAX_PLANS", 2)
-    plans = PlanCache(lambda key, device: f"plans of {key}")  # type: ignore[arg-type,return-value]
+    plans = PlanCache(lambda key, device: f"plans of {key}", sightings=1)  # type: ignore[arg-type,return-value]
     assert [plans.get(key, CPU) for key in ("a", "b", "c", "d", "a")] == [  # type: ignore[arg-type]
         "plans of a", "plans of b", None, None, "plans of a",
     ]  # fmt: skip
     assert len(caplog.records) == 1
+
+
+def test_plans_are_built_for_a_kind_that_comes_again(cudnn: None):
+    """Two layers of a stream count once, and attend in the same way."""
+    plans = PlanCache(sightings=3)
+    query = torch.randn(400, 2, 16, dtype=torch.bfloat16)
+    streams = [pack(MANY) for _ in range(4)]
+    found = [[ragged_cudnn(query, query, query, s, SCALE, plans) is not None for _ in range(2)] for s in streams]
+    assert found == [[False, False], [False, False], [True, True], [True, True]]
+    assert ragged_cudnn(query, query, query, streams[0], SCALE, plans) is None  # recomputed as it was
 
 
 def test_disagreement_is_found():
@@ -231,7 +241,7 @@ def test_a_cpu_keeps_torchs_attention_and_says_why(caplog: pytest.LogCaptureFixt
     [
         ("auto", None, False, "one document a stream: cuDNN; several: cuDNN"),
         ("auto", "a wheel", False, "one document a stream: cuDNN; several: flash (cuDNN: a wheel)"),
-        ("auto", None, True, "one document a stream: cuDNN; several: flash (cuDNN: no plan for sequences=6 "),
+        ("auto", None, True, "one document a stream: cuDNN; several: flash (cuDNN: no plan for sequences=5 "),
         ("cudnn", None, False, "one document a stream: cuDNN; several: cuDNN"),
         ("flash", None, False, "torch's SDPA of padded documents"),
     ],
@@ -264,7 +274,7 @@ def test_an_explicit_choice_that_fails_its_check_is_refused(cudnn: None, monkeyp
     monkeypatch.setattr(attention_choice, "missing_front_end", lambda device: None)
     monkeypatch.setattr(attention_choice.disagreement, "__defaults__", (padded_sdpa,))
     monkeypatch.setattr(cudnn_ragged, "build_plans", failing)
-    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=6 .*No valid engine configs"):
+    with pytest.raises(UserError, match=r"kernels\.attention=cudnn: no plan for sequences=5 .*No valid engine configs"):
         choose_attention([Chunk()], "cudnn", CPU)
     monkeypatch.setattr(attention_choice, "missing_front_end", lambda device: "the wheel")
     with pytest.raises(UserError, match=r"^kernels\.attention=cudnn needs the wheel; auto takes"):

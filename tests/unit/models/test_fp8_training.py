@@ -71,7 +71,7 @@ def train(model: Any, steps: int, *, lr: float = 3e-3) -> list[float]:
             group["lr"] = lr * min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
         parts = forward_backward(forward, chunks, optimizer, streams(step), stream_length=STREAM)
         losses.append(parts[0]["loss"])
-        mcore.clip_and_step(optimizer, clip_grad=1.0)
+        mcore.clip_and_step(optimizer, norm=mcore.gradient_norm(optimizer), clip_grad=1.0)
     return losses
 
 

@@ -1,5 +1,6 @@
 """SwiGLU computed again in the backward pass: the same gradients, less kept."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
+from megatron_medllm.kernels.swiglu import swiglu
+from megatron_medllm.models import mlp
+from megatron_medllm.models.mlp import choose_swiglu, use_own_swiglu
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.worlds.shapes import tiny_shape
@@ -100,3 +104,68 @@ def test_not_under_transformer_engine():
     config = transformer_config(SHAPE, layout, ModelConfig(shape=SHAPE))
     with pytest.raises(UserError, match=r"needs model\.backend=torch"):
         block_spec(config, "te", None, recompute_swiglu=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "swiglu"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_our_swiglu_trains_like_megatrons(case: dict[str, Any], recompute: str):
+    """The plain twin stands in for the kernels. In fp32 both differ by rounding, of which FP8 casts make steps."""
+    expected, held_by_theirs = gradients(build(recompute, **case))
+    model = build(recompute, **case)
+    use_own_swiglu([layer.mlp for layer in model.decoder.layers])
+    found, held = gradients(model)
+    limit = 0.02 if case.get("dtype") == "bfloat16" else 0.05 if "fp8" in str(case) else 1e-5
+    assert expected and list(found) == list(expected)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < limit * gradient.norm(), name
+    assert held <= held_by_theirs
+
+
+def test_the_mlps_call_ours(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(mlp, "swiglu", lambda x: (calls.append(x.shape), swiglu(x))[1])
+    for recompute in ("none", "swiglu"):
+        model = build(recompute, adapter={"rank": 4})
+        use_own_swiglu([layer.mlp for layer in model.decoder.layers])
+        gradients(model)
+    width = 2 * SHAPE.ffn_hidden_size
+    # two passes of three layers; with recomputation twice as many
+    assert calls == [(TOKENS, 1, width)] * 18
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "form", "device", "installed", "ours", "said"),
+    [
+        ("auto", "auto", CUDA, True, True, "our Triton kernels"),
+        ("triton", "compiled", CUDA, True, True, "our Triton kernels"),
+        ("auto", "eager", CUDA, True, False, "Megatron-Core's, op by op; model.swiglu=eager"),
+        ("auto", "auto", CUDA, False, False, "Megatron-Core's, op by op; Triton needs the triton package"),
+        ("auto", "auto", CPU, True, False, "Megatron-Core's, op by op; Triton needs a CUDA device (this one is cpu)"),
+        ("megatron", "auto", CUDA, True, False, "Megatron-Core's, op by op"),
+    ],
+)
+def test_the_choice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    wanted: Any, form: Any, device: torch.device, installed: bool, ours: bool, said: str,
+):  # fmt: skip
+    monkeypatch.setattr(mlp, "triton_installed", lambda: installed)
+    model = build("none", adapter=None)
+    with caplog.at_level(logging.INFO, logger=mlp.__name__):
+        choose_swiglu([model], wanted, device, ModelConfig(shape=SHAPE, swiglu=form))
+    assert caplog.messages == [f"SwiGLU: {said} (asked for: {wanted})"]
+    assert [layer.mlp.activation_func is swiglu for layer in model.decoder.layers] == [ours] * SHAPE.num_layers
+    assert model.config.use_te_activation_func == ours
+
+
+def test_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
+    config = ModelConfig(shape=SHAPE)
+    with pytest.raises(UserError, match=r"^kernels\.swiglu=triton needs a CUDA device \(this one is cpu\)$"):
+        choose_swiglu([], "triton", CPU, config)
+    with pytest.raises(UserError, match=r"^kernels\.swiglu=triton needs model\.backend=torch$"):
+        choose_swiglu([], "triton", CUDA, ModelConfig(shape=SHAPE, backend="te"))
+    monkeypatch.setattr(mlp, "triton_installed", lambda: False)
+    with pytest.raises(UserError, match=r"^kernels\.swiglu=triton needs the triton package$"):
+        choose_swiglu([], "triton", CUDA, config)

@@ -19,8 +19,6 @@ from megatron_medllm.parallel.packed import (
     Segment,
     SegmentPiece,
     cut_into_pieces,
-    sequences_to_use,
-    with_more_sequences,
 )
 
 CPU = torch.device("cpu")
@@ -183,25 +181,8 @@ def test_both_kernels_are_asked_for_the_same_attention(monkeypatch: pytest.Monke
             assert (found - expected[own]).abs().max() < 1e-6
 
 
-def test_few_numbers_of_sequences_have_plans():
-    assert [sequences_to_use(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]
-
-
-def test_first_queries_make_up_the_number():
-    (pieces,) = cut_into_pieces(SHARED, WHOLE)
-    six = with_more_sequences(pieces, 6)  # one key more each: the document's first query, the prompt's
-    assert [(p.start, p.end, p.keys) for p in six] == [
-        (0, 1, ((0, 1),)), (1, 3, ((0, 3),)), (3, 4, ((3, 4),)), (4, 5, ((3, 5),)),
-        (5, 6, ((3, 5), (5, 6))), (6, 8, ((3, 5), (6, 8))),
-    ]  # fmt: skip
-    eight = with_more_sequences(pieces, 8)  # then the document's second (2 keys), then a response's first (3 keys)
-    assert [(p.start, p.length) for p in eight] == [(0, 1), (1, 2), (2, 3), (3, 1), (4, 2), (5, 3), (6, 3), (7, 4)]
-    assert len(with_more_sequences(pieces, 9)) == 8  # every query stands alone
-    assert with_more_sequences(pieces, 4) == pieces
-
-
 def test_a_ragged_layout_repeats_keys_only_where_it_must():
-    layout = pack(SHARED).ragged_layout()  # four sequences have plans
+    layout = pack(SHARED).ragged_layout()
     assert (layout.lengths_q, layout.lengths_kv) == ((3, 2, 1, 2), (3, 2, 3, 4))
     assert layout.kv_rows is not None
     assert layout.kv_rows.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
