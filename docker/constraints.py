@@ -24,9 +24,9 @@ def installed(name: str) -> str | None:
 
 
 def lines(path: Path) -> list[str]:
-    """The file's requirements, without comments."""
+    """The file's requirements that are for this Python, without comments."""
     texts = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    return [text for text in texts if text]
+    return [text for text in texts if text and ((marker := Requirement(text).marker) is None or marker.evaluate())]
 
 
 def main() -> int:

@@ -12,11 +12,11 @@ refuse() {
   exit 1
 }
 
-command -v "$python" >/dev/null || refuse "$python is not installed; name a Python 3.11 or 3.12: make PYTHON=python3.12 demo"
+command -v "$python" >/dev/null || refuse "$python is not installed; name a Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 demo"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || refuse "$python does not start"
 case $version in
-  3.11 | 3.12) ;;
-  *) refuse "$python is Python $version, 3.11 or 3.12 is needed; name one: make PYTHON=python3.12 demo" ;;
+  3.11 | 3.12 | 3.13) ;;
+  *) refuse "$python is Python $version, 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=python3.12 demo" ;;
 esac
 if [ "$maker" != uv ] && ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
   refuse "$python lacks the module venv; on Debian and Ubuntu: apt install python$version-venv"

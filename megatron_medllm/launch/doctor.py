@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_medllm.provenance import installed_version
 
 DISTRIBUTION = "megatron-medllm"
-SUPPORTED_PYTHON = ">=3.11,<3.13"
+SUPPORTED_PYTHON = ">=3.11,<3.14"
 LOW_DISK_BYTES = 10 * 2**30
 
 Status = Literal["ok", "note", "fail"]

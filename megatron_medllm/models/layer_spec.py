@@ -20,6 +20,7 @@ from megatron_medllm.errors import UserError
 from megatron_medllm.models.attention import PackedAttention
 from megatron_medllm.models.fp8_linears import FP8ColumnParallelLinear, FP8RowParallelLinear
 from megatron_medllm.models.mlp import RecomputedSwiGLU
+from megatron_medllm.parallel.mcore import mlp_submodule
 
 
 class RMSNorm(nn.Module):
@@ -60,9 +61,8 @@ def torch_layer_spec(*, fp8: bool = False, recompute_swiglu: bool = False) -> Mo
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=RecomputedSwiGLU if recompute_swiglu else MLP,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            mlp=mlp_submodule(
+                RecomputedSwiGLU if recompute_swiglu else MLP, MLPSubmodules(linear_fc1=column, linear_fc2=row)
             ),
             mlp_bda=get_bias_dropout_add,
             # Both backends write Transformer Engine's checkpoint keys, so that either loads the other's.

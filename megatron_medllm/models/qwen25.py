@@ -25,6 +25,7 @@ from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
 from megatron_medllm.models.layer_spec import block_spec
+from megatron_medllm.parallel.mcore import hush_known_warnings
 from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
@@ -128,7 +129,8 @@ class Qwen25Model(GPTModel):
 def _mark_split_weights(model: nn.Module) -> None:
     """Mark what tensor parallelism splits: of an unmarked weight the gradient norm counts the first rank's slice only.
 
-    Megatron-Core does so where it draws the weights, which it does not do here; TE's linears do it themselves.
+    Megatron-Core does so where it draws the weights, which it does not do here, and from 0.18 on in any case; TE's
+    linears do it themselves.
     """
     for module in model.modules():
         if isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.VocabParallelEmbedding):
@@ -137,7 +139,8 @@ def _mark_split_weights(model: nn.Module) -> None:
             axis = 1
         else:
             continue
-        if module.weight is not None:  # a head that is the embedding has none of its own
+        # A head that is the embedding has no weight of its own.
+        if module.weight is not None and not getattr(module.weight, "tensor_model_parallel", False):
             tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
@@ -165,6 +168,7 @@ def build_model(
     shape = model.resolve_shape()
     config = transformer_config(shape, layout, model, fp8=fp8, fp8_weights=fp8_weights)
     config.use_cpu_initialization = device.type != "cuda"
+    hush_known_warnings()
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     with device if device.type == "meta" else nullcontext():
         chunks: list[nn.Module] = [

@@ -1,5 +1,7 @@
 """Every call that depends on Megatron-Core's version: DDP, optimizer, pipeline schedule, distributed checkpoints."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,9 @@ from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -43,6 +47,34 @@ MOMENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
+
+
+def mlp_submodule(mlp: type[MLP], submodules: MLPSubmodules) -> Any:
+    """A layer's MLP as the installed version wants to be told of it.
+
+    From 0.18 on that is the class's own constructor for it. A spec of `MLP` is rewrapped there, with a warning a layer;
+    one of a subclass of it is called with arguments that it does not take.
+    """
+    if hasattr(mlp, "as_mlp_submodule"):
+        return functools.partial(mlp.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=mlp, submodules=submodules)
+
+
+# What 0.19 warns of wherever it is used so; docs/megatron-versions.md says what it means here.
+_KNOWN_WARNINGS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_WARNINGS[record.name])
+
+
+def hush_known_warnings() -> None:
+    """Keep them out of users' logs; everything else that Megatron-Core says passes."""
+    for name in _KNOWN_WARNINGS:
+        logging.getLogger(name).addFilter(_is_news)
 
 
 def wrap_ddp(chunks: list[nn.Module], config: TransformerConfig, layout: LayoutConfig) -> list[nn.Module]:
