@@ -1,4 +1,4 @@
-"""Export reads what the installed Megatron-Core itself saves: `common.pt` up to 0.18, an object in the file from 0.19."""
+"""Export reads what the installed Megatron-Core saves itself: with `common.pt`, from 0.19 on without."""
 
 from pathlib import Path
 
