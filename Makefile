@@ -65,7 +65,7 @@ NEW_TESTS  := tests/unit/parallel tests/unit/models tests/unit/checkpoint tests/
   context_parallel logprob_tp lone_ranks)) \
   $(addprefix tests/e2e/test_,$(addsuffix .py,megatron_versions train_cpt cpt_gradients rpo_gradients pipeline))
 
-install-mcore-new: ## the environment of test-mcore-new
+install-mcore-new:
 	@MEDLLM_NEEDED_GIB=8 $(MAKE) --no-print-directory VENV=$(NEW_VENV) PYTHON=$(NEW_PYTHON) $(NEW_VENV)/.installed-test
 
 test-mcore-new: $(VENV)/.installed-test install-mcore-new ## the newest Megatron-Core on Python 3.12: parallel, models, checkpoint, train, dist, the demo
