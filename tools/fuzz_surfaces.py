@@ -1,6 +1,6 @@
 """Every fuzzed surface at many inputs: its seeds in processes of their own, as many at once as --jobs says.
 
-Usage: python tools/fuzz_surfaces.py --inputs 10000 --jobs 2 --out DIR [--limit-s 3600]
+Usage: python tools/fuzz_surfaces.py --inputs 10000 --jobs 2 --out DIR [--limit-s 3600] [--only test_fuzz_corpus]
 
 DIR gets report.json ({surface: {inputs, refused, seconds}}), written after every process, and a log of each that
 failed. What the time limit cut off is not counted. Exit 1 where an input was neither read right nor refused.
@@ -22,8 +22,8 @@ SEEDS_A_SHARE = 10
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def surfaces() -> list[str]:
-    """The fuzz tests that take generated inputs, as pytest names them."""
+def surfaces(only: str = "") -> list[str]:
+    """The fuzz tests that take generated inputs, as pytest names them; those whose names hold `only`."""
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/fuzz"],
         cwd=ROOT,
@@ -31,7 +31,7 @@ def surfaces() -> list[str]:
         capture_output=True,
         text=True,
     ).stdout
-    return [line for line in listed.splitlines() if "::" in line]
+    return [line for line in listed.splitlines() if "::" in line and only in line]
 
 
 def run_share(test: str, first_seed: int, inputs: int, out: Path, until: float) -> tuple[dict, float, bool]:
@@ -73,11 +73,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit-s", type=float, default=3600.0)
+    parser.add_argument("--only", default="", help="a part of the names (FILE::TEST) of those to run")
     args = parser.parse_args()
+    tests = surfaces(args.only)
+    if not tests:
+        parser.error(f"--only {args.only}: no fuzz test's name holds it")
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.limit_s
     sizes = [min(SHARE, args.inputs - done) for done in range(0, args.inputs, SHARE)]
-    tests = surfaces()
     inputs: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     seconds: Counter[str] = Counter()

@@ -1,6 +1,6 @@
 """Conversion between Hugging Face (HF) directories and Megatron distributed checkpoints, in one CPU process.
 
-Nothing larger than a run of rows is in memory, unless a checkpoint was stored in larger chunks. The model is cut into
+Nothing larger than a run of rows is in memory. The model is cut into
 parts, one a layer; several threads convert parts side by side, and what they finish is journalled, so a killed
 conversion goes on where it stopped and ends with the same bytes.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_medllm.checkpoint.adapter_merge import AdapterMerge
-from megatron_medllm.checkpoint.description import describe_checkpoint, stored_adapter
+from megatron_medllm.checkpoint.description import describe_checkpoint
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.hf_target import (
     DEFAULT_SHARD_BYTES,
@@ -32,7 +32,6 @@ from megatron_medllm.checkpoint.hf_target import (
 )
 from megatron_medllm.checkpoint.journal import Journal
 from megatron_medllm.checkpoint.names import (
-    HFSlice,
     Weight,
     cut_pieces,
     hf_shape,
@@ -40,16 +39,17 @@ from megatron_medllm.checkpoint.names import (
     model_weights,
     stacked_name,
 )
+from megatron_medllm.checkpoint.open_model import open_checkpoint, open_weights
+from megatron_medllm.checkpoint.stored import MegatronWeights
 from megatron_medllm.checkpoint.torch_dist import (
-    CARRIED_DIR,
     FILE_DIGESTS_NAME,
     ITEM_DIGESTS_NAME,
     Item,
-    TorchDistReader,
     object_keys,
     serialize,
     write_index,
 )
+from megatron_medllm.checkpoint.weight_source import WeightSource
 from megatron_medllm.config.model import ModelShape, shape_from_hf_config
 from megatron_medllm.errors import UserError
 from megatron_medllm.progress import progress
@@ -254,12 +254,12 @@ def export_checkpoint(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 2,
 ) -> None:
-    """Convert a distributed checkpoint, imported or written by training in any layout, to an HF directory.
+    """Convert a Megatron checkpoint, imported, trained here or by another tool, in any layout, to an HF directory.
 
     Vocabulary and FFN padding are stripped, an adapter is merged into its base. Run again after a kill, it goes on.
 
     Args:
-        ckpt_dir: the checkpoint; its stored digests are checked as it is read.
+        ckpt_dir: as `open_checkpoint` takes it; its stored digests are checked as it is read.
         hf_dir: takes its name only when whole; must not exist.
         source_dir: HF directory with the model's config.json and tokenizer; default: what the checkpoint carries.
         base_dir: HF directory that an adapter was trained on; needed for a checkpoint that holds an adapter.
@@ -271,28 +271,24 @@ def export_checkpoint(
         UserError: the checkpoint is incomplete, damaged, or of another model, or the disk is full.
     """
     refuse_existing(hf_dir)
-    source_dir = source_dir or _carried_dir(ckpt_dir)
-    shape = shape_from_hf_config(source_dir)
-    reader = TorchDistReader(ckpt_dir)
-    adapter = stored_adapter(ckpt_dir)
-    first = next(model_weights(shape))
-    if adapter is None:
-        for weight in model_weights(shape):
-            _stored_pieces(reader, weight, shape)
-        write: Callable[[Weight, HFTarget], None] = functools.partial(_export_weight, reader, shape)
-        dtype = dtype or reader.dtype_of(reader.find(first)[0])
+    opened = open_checkpoint(ckpt_dir, source_dir, base_dir=base_dir)
+    place, shape = opened.place, opened.shape
+    if opened.adapter is None:
+        source: WeightSource = MegatronWeights(opened.tensors, shape)
+        write: Callable[[Weight, HFTarget], None] = functools.partial(_copy_weight, source)
     else:
         if base_dir is None:
             raise UserError(f"{ckpt_dir}: holds an adapter; name the HF directory of the base it was trained on")
-        base = HFWeights(base_dir, shape)
-        write = AdapterMerge(reader, base, shape, adapter).write
-        dtype = dtype or base.own_dtype()
-    check_files(ckpt_dir)
+        source = open_weights(base_dir, shape)
+        write = AdapterMerge(opened.adapter_reader(), source, shape).write
+    dtype = dtype or source.own_dtype()
+    check_files(place.weights)
+    source_dir = source_dir or place.tokenizer or base_dir
     partial = partial_dir(hf_dir)
     target = HFTarget(partial, shape, dtype, shard_bytes)
     identity = {
         "job": "export",
-        "source": _source_identity(ckpt_dir, {p for p in ckpt_dir.iterdir() if p.is_file()}),
+        "source": _source_identity(place.weights, set(place.files())),
         "config": hf_config(shape, dtype, source_dir),
         "shard_bytes": shard_bytes,
         "base": str(base_dir),
@@ -307,13 +303,6 @@ def export_checkpoint(
         digests = {name: digest for part in journal.done.values() for name, digest in part.items()}
         target.finish(shape=shape, source_dir=source_dir, digests=digests)
         journal.finish(hf_dir)
-
-
-def _carried_dir(ckpt_dir: Path) -> Path:
-    carried = ckpt_dir / CARRIED_DIR
-    if not (carried / "config.json").exists():
-        raise UserError(f"{ckpt_dir}: carries no config.json; name the model's HF directory as the source of it")
-    return carried
 
 
 def check_files(ckpt_dir: Path) -> None:
@@ -339,53 +328,6 @@ def _export_part(write: Callable[[Weight, HFTarget], None], weights: list[Weight
     return {name: target.digest(name) for name in names}
 
 
-def _stored_pieces(reader: TorchDistReader, weight: Weight, shape: ModelShape) -> list[HFSlice]:
-    """What a stored weight is made of along its axis.
-
-    Raises:
-        UserError: the checkpoint lacks it, or holds it in another model's shape.
-    """
-    key, layer = reader.find(weight)
-    stored = reader.shape_of(key) or ()
-    sizes = stored if layer is None else stored[1:]
-    wanted = hf_shape(weight.hf[0], shape)
-    axis = weight.axis or 0
-    try:
-        if len(sizes) != len(wanted) or sizes[axis + 1 :] != wanted[axis + 1 :] or sizes[:axis] != wanted[:axis]:
-            raise ValueError
-        return local_pieces(weight, shape, local_size=sizes[axis], tp_rank=0, tp_size=1)
-    except ValueError:
-        raise UserError(f"{reader.directory}: tensor {key!r} of shape {list(stored)} is another model's") from None
-
-
-def _export_weight(reader: TorchDistReader, shape: ModelShape, weight: Weight, target: HFTarget) -> None:
-    pieces = _stored_pieces(reader, weight, shape)
-    for first_row, rows in _row_runs(reader, *reader.find(weight)):
-        if weight.axis == 1:
-            width = hf_shape(weight.hf[0], shape)[1]
-            target.write(weight.hf[0], _ready(rows[:, :width], target), first_row=first_row)
-            continue
-        at = 0
-        for piece in cut_pieces(pieces, first_row, first_row + rows.shape[0]):
-            if piece.hf is not None:
-                target.write(piece.hf, _ready(rows[at : at + len(piece)], target), first_row=piece.start)
-            at += len(piece)
-
-
-def _ready(rows: Tensor, target: HFTarget) -> Tensor:
-    return rows.to(target.dtype).contiguous()
-
-
-def _row_runs(reader: TorchDistReader, key: str, layer: int | None) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a weight, chunk by chunk; at once where tensor parallelism has cut across the rows."""
-    chunks = reader.chunks(key, layer)
-    sizes = (reader.shape_of(key) or ())[0 if layer is None else 1 :]
-    if all(chunk.sizes[1:] == sizes[1:] for chunk in chunks):
-        for chunk in chunks:
-            yield chunk.row, reader.load(chunk, layer)
-        return
-    whole = torch.empty(sizes, dtype=reader.dtype_of(key))
-    for chunk in chunks:
-        rows, columns = chunk.sizes
-        whole[chunk.row : chunk.row + rows, chunk.column : chunk.column + columns] = reader.load(chunk, layer)
-    yield 0, whole
+def _copy_weight(source: WeightSource, weight: Weight, target: HFTarget) -> None:
+    for name in weight.hf:
+        target.copy(source, name)

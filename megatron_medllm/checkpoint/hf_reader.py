@@ -1,4 +1,4 @@
-"""Hugging Face (HF) safetensors straight into a running Megatron layout: every rank reads its own slices only."""
+"""Stored weights straight into a running Megatron layout: every rank reads its own slices only."""
 
 from pathlib import Path
 
@@ -6,17 +6,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.names import weight_of_parameter
+from megatron_medllm.checkpoint.open_model import open_weights
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.models.materialize import Fill, fill_parameters
 from megatron_medllm.models.qwen25 import Qwen25Model
 
 
 def load_hf_weights(
-    model_chunks: list[nn.Module], hf_dir: Path, shape: ModelShape, *, tp_rank: int, tp_size: int
+    model_chunks: list[nn.Module], model_dir: Path, shape: ModelShape, *, tp_rank: int, tp_size: int
 ) -> None:
-    """Fill the model chunks of this rank from an HF directory, reading just this rank's slices.
+    """Fill the model chunks of this rank from a Hugging Face (HF) directory or a Megatron checkpoint.
+
+    Only this rank's slices are read.
 
     Any TP, pipeline and interleaved layout: a chunk's layers say which they are, the parameters how wide. Rows that
     pad the vocabulary, and columns that pad the FFN, become zero. Values are cast to each parameter's dtype; lost
@@ -24,7 +26,7 @@ def load_hf_weights(
 
     Args:
         model_chunks: this rank's chunks, wrapped or not, on any device.
-        hf_dir: directory with config.json and safetensors.
+        model_dir: directory with config.json and safetensors, or a Megatron checkpoint of any layout.
         shape: the model's shape as HF says it (unpadded).
         tp_rank: this rank within its tensor-parallel group.
         tp_size: size of that group.
@@ -33,15 +35,15 @@ def load_hf_weights(
         UserError: the directory does not hold exactly this model's tensors (names the file and the tensor).
     """
     dtype = next(model_chunks[0].parameters()).dtype
-    fill_parameters(model_chunks, hf_values(hf_dir, shape, dtype=dtype, tp_rank=tp_rank, tp_size=tp_size))
+    fill_parameters(model_chunks, hf_values(model_dir, shape, dtype=dtype, tp_rank=tp_rank, tp_size=tp_size))
 
 
-def hf_values(hf_dir: Path, shape: ModelShape, *, dtype: torch.dtype, tp_rank: int, tp_size: int) -> Fill:
+def hf_values(model_dir: Path, shape: ModelShape, *, dtype: torch.dtype, tp_rank: int, tp_size: int) -> Fill:
     """Fills one parameter, of type `dtype`; the other arguments and errors are as in `load_hf_weights`.
 
     Of the file only the parameter's slice is read, so no more than that is in memory at once.
     """
-    weights = HFWeights(hf_dir, shape)
+    weights = open_weights(model_dir, shape)
     if not dist.is_initialized() or dist.get_rank() == 0:
         weights.tell_rounding(dtype)
 

@@ -1,16 +1,21 @@
 """The tensors of a Hugging Face (HF) directory: found and checked by name, read slice by slice."""
 
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, HFSlice, Weight, hf_shapes, local_pieces
-from megatron_medllm.checkpoint.safetensors_file import DTYPES, Entry, digest_entry, read_header, read_slice
+from megatron_medllm.checkpoint.names import EMBEDDING, OUTPUT, hf_shapes
+from megatron_medllm.checkpoint.safetensors_file import (
+    DTYPES,
+    Entry,
+    digest_entry,
+    open_descriptor,
+    read_header,
+    read_slice,
+)
+from megatron_medllm.checkpoint.weight_source import WeightSource
 from megatron_medllm.config.hf_files import INDEX_NAME, weight_files
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
@@ -24,7 +29,7 @@ _COMPUTED = re.compile(
 log = logging.getLogger(__name__)
 
 
-class HFWeights:
+class HFWeights(WeightSource):
     """The tensors of an HF directory, found and checked by name, read slice by slice."""
 
     def __init__(self, hf_dir: Path, shape: ModelShape) -> None:
@@ -34,7 +39,8 @@ class HFWeights:
             UserError: a tensor is missing, extra, of another shape, or of an unusable type; a shard is missing,
                 truncated or lacks a tensor that the index promises.
         """
-        self.hf_dir, self.shape = hf_dir, shape
+        super().__init__(hf_dir, shape)
+        self.hf_dir = hf_dir
         self.place: dict[str, tuple[Path, Entry]] = {}
         for path, promised in weight_files(hf_dir).items():
             header = read_header(path)
@@ -87,20 +93,9 @@ class HFWeights:
                     f"{EMBEDDING.hf[0]!r}"
                 )
 
-    def own_dtype(self) -> torch.dtype:
-        """The type of the first tensor, as which the whole model is taken where nobody asks for another."""
-        dtype = DTYPES[self.place[EMBEDDING.hf[0]][1].dtype]
-        self.tell_rounding(dtype)
-        return dtype
-
-    def tell_rounding(self, dtype: torch.dtype) -> None:
-        """Warn where tensors lose digits when they become `dtype`: a bf16 model may keep its norms in fp32."""
-        wide = [n for n in hf_shapes(self.shape) if not _holds(dtype, DTYPES[self.place[n][1].dtype])]
-        if wide:
-            kinds = " and ".join(sorted({self.place[name][1].dtype for name in wide}))
-            to = str(dtype).removeprefix("torch.")
-            what = "%s: %d of %d tensors are stored in %s and are rounded to %s, %r the first"
-            log.warning(what, self.hf_dir, len(wide), len(self.place), kinds, to, wide[0])
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type in which tensor `name` is stored."""
+        return DTYPES[self.place[name][1].dtype]
 
     def read(self, name: str, *, axis: int, start: int, stop: int) -> torch.Tensor:
         """Entries [start, stop) of tensor `name` along `axis`, in the file's dtype, on the CPU.
@@ -109,37 +104,11 @@ class HFWeights:
             UserError: the shard became shorter or unreadable since it was opened.
         """
         path, entry = self.place[name]
-        with _descriptor(path) as fd:
+        with open_descriptor(path) as fd:
             try:
                 return read_slice(fd, entry, axis=axis, start=start, stop=stop)
             except EOFError:
                 raise UserError(f"{path}: truncated inside tensor {name!r}") from None
-
-    def read_local(self, weight: Weight, *, local_size: int, tp_rank: int, tp_size: int) -> torch.Tensor:
-        """One TP rank's slice of a Megatron tensor, padding filled with zeros, in the HF dtype, on the CPU.
-
-        Args:
-            weight: a row of the name table.
-            local_size: entries of the rank's slice along the axis that TP splits.
-            tp_rank: this rank within its tensor-parallel group.
-            tp_size: size of that group.
-        """
-        pieces = local_pieces(weight, self.shape, local_size=local_size, tp_rank=tp_rank, tp_size=tp_size)
-        return self.read_pieces(weight, pieces)
-
-    def read_pieces(self, weight: Weight, pieces: list[HFSlice]) -> torch.Tensor:
-        """Consecutive pieces of a Megatron tensor, joined along its axis, in the HF dtype, on the CPU."""
-        axis = weight.axis or 0
-        _, first = self.place[weight.hf[0]]
-        parts = []
-        for piece in pieces:
-            if piece.hf is None:
-                padding = list(first.shape)
-                padding[axis] = len(piece)
-                parts.append(torch.zeros(padding, dtype=DTYPES[first.dtype]))
-            else:
-                parts.append(self.read(piece.hf, axis=axis, start=piece.start, stop=piece.stop))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, in hex.
@@ -156,20 +125,3 @@ class HFWeights:
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-@contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether every number of type `stored` is one of type `dtype` too."""
-    return dtype in (stored, torch.float32)

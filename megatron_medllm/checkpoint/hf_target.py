@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_medllm.checkpoint.names import hf_shapes
+from megatron_medllm.checkpoint.names import hf_shape, hf_shapes
 from megatron_medllm.checkpoint.safetensors_file import (
     Entry,
     byte_view,
@@ -18,12 +18,14 @@ from megatron_medllm.checkpoint.safetensors_file import (
     plan_file,
     write_fully,
 )
+from megatron_medllm.checkpoint.weight_source import WeightSource
 from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import full_disk_error, read_json, write_json
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+COPIED_BYTES = 32 * 1024 * 1024  # of fp32, in memory at once
 DIGESTS_NAME = "medllm_digests.json"
 _CARRIED_FILES = (
     "generation_config.json",
@@ -79,6 +81,18 @@ class HFTarget:
             raise full_disk_error(error, path) from error
         finally:
             os.close(fd)
+
+    def copy(self, source: WeightSource, name: str) -> None:
+        """Write tensor `name` as it is in `source`, in the target's dtype, a run of rows at a time.
+
+        Raises:
+            UserError: the source is damaged, or the disk is full.
+        """
+        rows, *columns = hf_shape(name, source.shape)
+        step = max(1, COPIED_BYTES // (4 * torch.Size(columns).numel()))
+        for start in range(0, rows, step):
+            part = source.read(name, axis=0, start=start, stop=min(start + step, rows))
+            self.write(name, part.to(self.dtype).contiguous(), first_row=start)
 
     def flush(self, names: Iterable[str]) -> None:
         """Force the files of these tensors to the disk.

@@ -71,7 +71,8 @@ TORCH_BACKEND_NAMES = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 _BY_LAYER_NAME = {weight.mcore.removeprefix(f"{LAYER_PREFIX}{{layer}}."): weight for weight in LAYER_WEIGHTS}
-_PARAMETER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+_BY_NAME = {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}
+LAYER_NAME = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
 def model_weights(shape: ModelShape) -> Iterator[Weight]:
@@ -92,19 +93,30 @@ def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
             spelling.
         shape: with tied embeddings the last pipeline stage's `output_layer` holds a copy of the embedding.
     """
-    match = _PARAMETER.fullmatch(name)
+    match = LAYER_NAME.fullmatch(name)
     if match:
         rest = TORCH_BACKEND_NAMES.get(match["rest"], match["rest"])
         row = _BY_LAYER_NAME.get(rest)
         return row and row.at_layer(int(match["layer"]))
     if name == OUTPUT.mcore and shape.tie_embeddings:
         return replace(OUTPUT, hf=EMBEDDING.hf)
-    return {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}.get(name)
+    return _BY_NAME.get(name)
+
+
+def split_of(mcore: str) -> tuple[Literal[0, 1] | None, int]:
+    """How tensor parallelism cuts a weight: the axis (None: not at all), and into how many blocks each cut alone.
+
+    Args:
+        mcore: its name in Transformer Engine's spelling; a name that is not in the table is not cut.
+    """
+    match = LAYER_NAME.fullmatch(mcore)
+    row = _BY_LAYER_NAME.get(match["rest"]) if match else _BY_NAME.get(mcore)
+    return (row.axis, 2 if row.fuse == "gate_up" else 1) if row else (None, 1)
 
 
 def stacked_name(weight: Weight) -> tuple[str, int | None]:
     """A weight's key in a distributed checkpoint, where all layers form one tensor, and its layer in it."""
-    match = _PARAMETER.fullmatch(weight.mcore)
+    match = LAYER_NAME.fullmatch(weight.mcore)
     return (f"{LAYER_PREFIX}{match['rest']}", int(match["layer"])) if match else (weight.mcore, None)
 
 

@@ -17,15 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_medllm.checkpoint.adapter_merge import AdapterReader
 from megatron_medllm.checkpoint.convert import check_files, newest_checkpoint
-from megatron_medllm.checkpoint.description import CARRIED_DIR, stored_adapter
 from megatron_medllm.checkpoint.hf_target import DIGESTS_NAME, partial_dir, refuse_existing
-from megatron_medllm.checkpoint.names import Weight, hf_shape, local_pieces, model_weights, stacked_name
+from megatron_medllm.checkpoint.names import Weight, hf_shape, local_pieces, model_weights
+from megatron_medllm.checkpoint.open_model import open_checkpoint
 from megatron_medllm.checkpoint.peft_settings import CONFIG_NAME, PeftSettings, read_settings
 from megatron_medllm.checkpoint.safetensors_file import digest_tensor
-from megatron_medllm.checkpoint.torch_dist import TorchDistReader
-from megatron_medllm.config.model import ModelShape, shape_from_hf_config
+from megatron_medllm.config.model import ModelShape
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import LINEARS
@@ -55,33 +53,41 @@ def adapted_weights(shape: ModelShape) -> Iterator[tuple[Weight, str]]:
             yield weight, linear
 
 
-def export_peft(ckpt_dir: Path, adapter_dir: Path, *, base_model: str | None, dtype: torch.dtype | None = None) -> None:
-    """Write the adapter of a training checkpoint as PEFT loads it.
+def export_peft(
+    ckpt_dir: Path,
+    adapter_dir: Path,
+    *,
+    base_model: str | None,
+    source_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the adapter of a training checkpoint, ours or Megatron-Bridge's or NeMo's, as PEFT loads it.
 
     Args:
         ckpt_dir: a checkpoint that holds an adapter, or a training run's folder of them: then the newest. Its stored
             digests are checked.
         adapter_dir: takes its name only when whole; must not exist.
         base_model: directory or hub name that PEFT will look for the base under.
+        source_dir: HF directory with the base's config.json; default: what the checkpoint carries, or `base_model`.
         dtype: of the tensors written; default: the checkpoint's.
 
     Raises:
         UserError: the checkpoint holds no adapter or is damaged, or the result exists, or the disk is full.
     """
     refuse_existing(adapter_dir)
-    ckpt_dir = newest_checkpoint(ckpt_dir)
-    config = stored_adapter(ckpt_dir)
+    opened = open_checkpoint(
+        newest_checkpoint(ckpt_dir), source_dir, base_dir=None if base_model is None else Path(base_model)
+    )
+    config, shape = opened.adapter, opened.shape
     if config is None:
         raise UserError(f"{ckpt_dir}: holds no adapter (a whole model is exported to a Hugging Face directory)")
-    check_files(ckpt_dir)
-    shape = shape_from_hf_config(ckpt_dir / CARRIED_DIR)
-    reader = TorchDistReader(ckpt_dir)
-    stored = AdapterReader(reader, config.targets)
+    check_files(opened.place.weights)
+    stored = opened.adapter_reader()
     tensors: dict[str, Tensor] = {}
     for weight, _ in adapted_weights(shape):
         halves = stored.halves(weight)
         if halves is not None:
-            dtype = dtype or reader.dtype_of(stacked_name(weight)[0].removesuffix("weight") + "lora_a")
+            dtype = dtype or halves[0].dtype
             tensors |= {name: t.to(dtype).contiguous() for name, t in _split(weight, shape, *halves).items()}
     partial = partial_dir(adapter_dir)
     partial.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ and several processes can fill one file, each at its own place.
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,23 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
+@contextmanager
+def open_descriptor(path: Path) -> Iterator[int]:
+    """A file open for `read_slice`.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_slice(fd: int, entry: Entry, *, axis: int, start: int, stop: int) -> torch.Tensor:
     """Read entries [start, stop) along `axis` (0 or 1) of a tensor, in its own dtype, contiguous, on the CPU.
 
@@ -127,12 +145,21 @@ def _read_fully(fd: int, into: memoryview, offset: int) -> None:
 
 def digest_entry(path: Path, entry: Entry) -> str:
     """SHA-256 of one tensor's bytes, in hex."""
+    return digest_part(path, entry.offset, entry.size)
+
+
+def digest_part(path: Path, offset: int, size: int) -> str:
+    """SHA-256 of `size` bytes of a file from byte `offset` on, in hex.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
     digest = hashlib.sha256()
-    block = memoryview(bytearray(min(entry.size, _BLOCK_BYTES)))
+    block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
     with open(path, "rb") as stream:
-        for start in range(0, entry.size, _BLOCK_BYTES):
-            part = block[: min(_BLOCK_BYTES, entry.size - start)]
-            _read_fully(stream.fileno(), part, entry.offset + start)
+        for start in range(0, size, _BLOCK_BYTES):
+            part = block[: min(_BLOCK_BYTES, size - start)]
+            _read_fully(stream.fileno(), part, offset + start)
             digest.update(part)
     return digest.hexdigest()
 

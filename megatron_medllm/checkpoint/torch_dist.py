@@ -6,21 +6,20 @@ object); `.metadata`, a pickle that says which chunk of which tensor lies where;
 memory as a whole: we cut it into runs of rows.
 
 Pickles can run code. `.metadata` is therefore read by an unpickler that knows nothing but the classes of this format,
-and items are loaded with `weights_only`. Megatron-Core's own loader unpickles both without such care: call
-`refuse_unsafe` first on a checkpoint that somebody else made.
+tensors are located and read by `foreign.archive`, and objects are loaded with `weights_only`. Megatron-Core's own
+loader unpickles all of them without such care: call `refuse_unsafe` first on a checkpoint that somebody else made.
 """
 
-import hashlib
 import io
 import math
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,7 +30,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_medllm.checkpoint.names import Weight, stacked_name
+from megatron_medllm.checkpoint.foreign.archive import StoredTensor, read_archive
+from megatron_medllm.checkpoint.safetensors_file import Entry, digest_part
+from megatron_medllm.checkpoint.stored import Block, StoredWeight
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write, read_json, write_json
@@ -58,6 +59,7 @@ _LAYER_OBJECTS = tuple(
         "mlp.linear_fc2",
     )
 )
+_COMMON_OBJECT = "common_state/shard_0_1"  # in place of common.pt, since Megatron-Core 0.19
 _CHECKPOINT = "torch.distributed.checkpoint"
 _KNOWN_CLASSES = {
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
@@ -189,6 +191,7 @@ class TorchDistReader:
             raise UserError(f"{directory / 'metadata.json'}: format {backend!r}; only 'torch_dist' is read")
         self._metadata = _read_metadata(directory / METADATA_NAME)
         self._digests = self._item_digests()
+        self._entries: dict[Item, Entry] = {}
 
     def _item_digests(self) -> dict[tuple[str, int], str]:
         path = self.directory / ITEM_DIGESTS_NAME
@@ -209,18 +212,45 @@ class TorchDistReader:
         assert isinstance(entry, TensorStorageMetadata)
         return entry
 
-    def find(self, weight: Weight) -> tuple[str, int | None]:
-        """Key of a weight, and its index in that tensor where all layers are stacked in one.
+    def tensor_keys(self) -> list[str]:
+        """The keys of the stored tensors."""
+        entries = self._metadata.state_dict_metadata.items()
+        return [key for key, entry in entries if isinstance(entry, TensorStorageMetadata)]
+
+    def common_state(self) -> Any:
+        """What is the same for every rank, as `foreign.archive` reads it: unknown objects are inert."""
+        path = self.directory / "common.pt"
+        if path.is_file():
+            return read_archive(path)
+        place = self._metadata.storage_data.get(MetadataIndex(_COMMON_OBJECT))
+        if place is None:
+            return None
+        check_item(
+            self.directory, Item(_COMMON_OBJECT, None, None, place.relative_path, place.offset, place.length, None)
+        )
+        found = read_archive(self.directory / place.relative_path, start=place.offset, length=place.length)
+        return (
+            found[0] if isinstance(found, list) and len(found) == 1 else found
+        )  # an object is stored as a list of one
+
+    def stored(self, key: str, layer: int | None) -> StoredWeight:
+        """A stored tensor, or one layer of it where all layers are stacked in one.
 
         Raises:
-            UserError: the checkpoint lacks it.
+            UserError: its parts do not add up to it.
         """
-        key, layer = stacked_name(weight)
-        if self.shape_of(key) is not None:
-            return key, layer
-        if self.shape_of(weight.mcore) is not None:
-            return weight.mcore, None
-        raise UserError(f"{self.directory}: tensor {weight.mcore!r} is missing")
+        whole = self.shape_of(key) or ()
+        blocks = tuple(
+            Block(
+                chunk.row,
+                chunk.column,
+                chunk.sizes,
+                self.directory / chunk.item.file,
+                partial(self._locate, chunk, layer),
+            )
+            for chunk in self.chunks(key, layer)
+        )
+        return StoredWeight(key, whole if layer is None else whole[1:], self.dtype_of(key), blocks)
 
     def chunks(self, key: str, layer: int | None) -> list[Chunk]:
         """The stored parts of one weight, by row, then column.
@@ -244,23 +274,31 @@ class TorchDistReader:
             raise UserError(f"{self.directory}: tensor {key!r} is stored incompletely")
         return sorted(found, key=lambda chunk: (chunk.row, chunk.column))
 
-    def load(self, chunk: Chunk, layer: int | None) -> Tensor:
-        """Read and check one chunk, on the CPU.
+    def _locate(self, chunk: Chunk, layer: int | None) -> Entry:
+        """Where the numbers of one chunk lie.
 
         Raises:
             UserError: the file is missing, truncated, or does not match the recorded digest.
         """
-        tensor = load_item(self.directory, chunk.item)
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{self.directory / chunk.item.file}: item {chunk.item.key!r} is not a tensor")
-        if layer is not None:
-            assert chunk.item.offsets is not None
-            tensor = tensor.view(chunk.item.sizes or ())[layer - chunk.item.offsets[0]]
-        if tuple(tensor.shape) != chunk.sizes:
-            raise UserError(
-                f"{self.directory / chunk.item.file}: item {chunk.item.key!r} has another shape than recorded"
-            )
-        return tensor
+        item = chunk.item
+        entry = self._entries.get(item)
+        if entry is None:
+            entry = self._entries[item] = self._open(item)
+        if layer is None or item.offsets is None:
+            return entry
+        size = entry.size // entry.shape[0]
+        return Entry(entry.dtype, entry.shape[1:], entry.offset + (layer - item.offsets[0]) * size, size)
+
+    def _open(self, item: Item) -> Entry:
+        path = self.directory / item.file
+        check_item(self.directory, item)
+        found = read_archive(path, start=item.start, length=item.length)
+        if not isinstance(found, StoredTensor):
+            raise UserError(f"{path}: item {item.key!r} is not a tensor")
+        sizes = item.sizes or ()
+        if torch.Size(found.shape).numel() != torch.Size(sizes).numel() or found.dtype != self.dtype_of(item.key):
+            raise UserError(f"{path}: item {item.key!r} has another shape than recorded")
+        return replace(found.entry(item.key), shape=sizes)
 
     def refuse_unsafe_objects(self) -> None:
         """Load every stored object with `weights_only`.
@@ -274,8 +312,8 @@ class TorchDistReader:
                 load_item(self.directory, Item(key, None, None, place.relative_path, place.offset, place.length, None))
 
 
-def load_item(directory: Path, item: Item) -> Any:
-    """Read one item, check its digest where one is known, and load it with `weights_only`.
+def check_item(directory: Path, item: Item) -> None:
+    """Check that an item is inside the checkpoint, whole, and as its digest says, where one is known.
 
     Raises:
         UserError: names the file and the item at fault.
@@ -284,15 +322,26 @@ def load_item(directory: Path, item: Item) -> Any:
     if path.parent != directory:
         raise UserError(f"{directory / METADATA_NAME}: item {item.key!r} points outside the checkpoint: {item.file!r}")
     try:
-        with open(path, "rb") as stream:
-            stream.seek(item.start)
-            data = stream.read(item.length)
+        size = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, though {METADATA_NAME} names it") from None
-    if len(data) < item.length:
+    if size < item.start + item.length:
         raise UserError(f"{path}: truncated inside {item.key!r}")
-    if item.sha256 is not None and hashlib.sha256(data).hexdigest() != item.sha256:
+    if item.sha256 is not None and digest_part(path, item.start, item.length) != item.sha256:
         raise UserError(f"{path}: {item.key!r} at {list(item.offsets or ())} does not match its digest: a damaged file")
+
+
+def load_item(directory: Path, item: Item) -> Any:
+    """Read one item, check its digest where one is known, and load it with `weights_only`.
+
+    Raises:
+        UserError: names the file and the item at fault.
+    """
+    check_item(directory, item)
+    path = directory / item.file
+    with open(path, "rb") as stream:
+        stream.seek(item.start)
+        data = stream.read(item.length)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

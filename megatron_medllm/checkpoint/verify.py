@@ -1,7 +1,8 @@
 """Do two checkpoints hold the same model? Their logits on the same prompts, and what each would go on to write.
 
-An HF directory is run by transformers, a Megatron checkpoint by Megatron-Core's model: comparing one with the other
-proves the conversion and the model at once. Each is loaded alone, so the memory needed is that of the larger one.
+An HF directory is run by transformers, a Megatron checkpoint, ours or another tool's, by Megatron-Core's model:
+comparing one with the other proves the conversion and the model at once. Each is loaded alone, so the memory needed is
+that of the larger one.
 """
 
 import gc
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_medllm.checkpoint.description import stored_adapter
-from megatron_medllm.checkpoint.torch_dist import CARRIED_DIR, refuse_unsafe
+from megatron_medllm.checkpoint.open_model import OpenCheckpoint, open_checkpoint
+from megatron_medllm.checkpoint.torch_dist import refuse_unsafe
 from megatron_medllm.config.layout import LayoutConfig
+from megatron_medllm.config.megatron_dirs import find_megatron
 from megatron_medllm.config.model import ModelConfig, ModelShape, shape_from_hf_config
 from megatron_medllm.data.tokenizer import load_tokenizer
 from megatron_medllm.errors import UserError
@@ -66,33 +68,37 @@ def compare_checkpoints(
     new_tokens: int = 16,
     tolerance: float = 1e-4,
     dtype: torch.dtype = torch.float32,
+    source_dir: Path | None = None,
 ) -> Comparison:
     """Run both checkpoints on every prompt and on the first one's greedy continuation.
 
     Args:
-        first: HF directory or distributed checkpoint (imported, or one with its `hf/` folder).
+        first: HF directory or Megatron checkpoint, as `open_checkpoint` takes it.
         second: likewise.
         prompts_file: one prompt a line; or `.jsonl` with `{"prompt": text}` or `{"ids": [...]}` rows.
         new_tokens: length of the greedy continuations.
         tolerance: largest difference of a logit, relative to the largest logit, that still counts as the same.
         dtype: in which both are computed; below float32, rounding alone exceeds the default tolerance.
+        source_dir: HF directory with config.json and tokenizer for a checkpoint that carries none; default: the one of
+            the two that is an HF directory.
 
     Raises:
         UserError: a checkpoint or the prompts cannot be read, or the vocabularies differ.
     """
-    tokenizer = _tokenizer(first) or _tokenizer(second)
+    source_dir = source_dir or next((path for path in (first, second) if (path / "config.json").is_file()), None)
+    tokenizer = _tokenizer(first, source_dir) or _tokenizer(second, source_dir)
     prompts = list(_read_prompts(prompts_file, tokenizer))
     total = 2 * len(prompts)
     with tempfile.TemporaryDirectory() as kept, progress("verify", total) as bar:
         texts: list[Tensor] = []
-        with _opened(first, dtype) as logits_of:
+        with _opened(first, dtype, source_dir) as logits_of:
             for number, prompt in enumerate(prompts):
                 texts.append(_continue(logits_of, prompt, new_tokens))
                 torch.save(logits_of(texts[-1]), Path(kept) / f"{number}.pt")
                 bar.update(number + 1, first.name)
         gc.collect()
         largest, summed, scale, count, same, difference = 0.0, 0.0, 0.0, 0, 0, None
-        with _opened(second, dtype) as logits_of:
+        with _opened(second, dtype, source_dir) as logits_of:
             for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
                 expected = torch.load(Path(kept) / f"{number}.pt", weights_only=True)
                 found = logits_of(text)
@@ -130,17 +136,10 @@ def _show(ids: Tensor, tokenizer: Any) -> str:
     return repr(tokenizer.decode(ids.tolist())) if tokenizer is not None else str(ids.tolist())
 
 
-def _is_distributed(path: Path) -> bool:
-    return (path / "metadata.json").exists()
-
-
-def _hf_files(path: Path) -> Path:
-    return path / CARRIED_DIR if _is_distributed(path) else path
-
-
-def _tokenizer(path: Path) -> Any:
-    has_one = (_hf_files(path) / "tokenizer.json").exists()
-    return load_tokenizer(_hf_files(path)) if has_one else None
+def _tokenizer(path: Path, source_dir: Path | None) -> Any:
+    place = find_megatron(path)
+    carried = path if place is None else place.tokenizer or source_dir
+    return load_tokenizer(carried) if carried is not None and (carried / "tokenizer.json").exists() else None
 
 
 def _read_prompts(path: Path, tokenizer: Any) -> Iterator[Tensor]:
@@ -168,8 +167,10 @@ def _read_prompts(path: Path, tokenizer: Any) -> Iterator[Tensor]:
         yield torch.tensor(ids)
 
 
-def _opened(path: Path, dtype: torch.dtype) -> AbstractContextManager[LogitsOf]:
-    return _megatron(path, dtype) if _is_distributed(path) else _transformers(path, dtype)
+def _opened(path: Path, dtype: torch.dtype, source_dir: Path | None) -> AbstractContextManager[LogitsOf]:
+    if find_megatron(path) is None:
+        return _transformers(path, dtype)
+    return _megatron(path, dtype, source_dir)
 
 
 @contextmanager
@@ -189,23 +190,35 @@ def _transformers(path: Path, dtype: torch.dtype) -> Iterator[LogitsOf]:
 
 
 @contextmanager
-def _megatron(path: Path, dtype: torch.dtype) -> Iterator[LogitsOf]:
-    from megatron_medllm.parallel import mcore, runtime
+def _megatron(path: Path, dtype: torch.dtype, source_dir: Path | None) -> Iterator[LogitsOf]:
+    from megatron_medllm.parallel import runtime
 
-    refuse_unsafe(path)
-    if not (path / CARRIED_DIR / "config.json").exists():
-        raise UserError(f"{path}: carries no config.json; export it with its model's HF directory and verify that")
-    if stored_adapter(path) is not None:
+    place = find_megatron(path)
+    assert place is not None
+    opened = open_checkpoint(path, None if place.writer == "medllm" else source_dir)
+    if opened.adapter is not None:
         raise UserError(f"{path}: holds an adapter only; export it, merged into its base, and verify that")
-    shape = shape_from_hf_config(path / CARRIED_DIR)
-    layout = LayoutConfig()
-    here = runtime.start(layout, seed=0)
+    shape = opened.shape
+    here = runtime.start(LayoutConfig(), seed=0)
     try:
-        chunks = _build(shape, layout, dtype, here.device)
-        mcore.restore(chunks, None, mcore.load_sharded(mcore.sharded_state(chunks, None, is_loading=True), path))
+        chunks = _build(shape, LayoutConfig(), dtype, here.device)
+        _fill(chunks, opened)
         yield lambda ids: _megatron_logits(chunks[0], ids.to(here.device), shape)
     finally:
         runtime.stop()
+
+
+def _fill(chunks: list, opened: OpenCheckpoint) -> None:
+    """Ours by Megatron-Core's loader, as training resumes; others hold pickles that it would run: by our reader."""
+    from megatron_medllm.checkpoint.hf_reader import load_hf_weights
+    from megatron_medllm.parallel import mcore
+
+    weights = opened.place.weights
+    if opened.place.writer == "medllm":
+        refuse_unsafe(weights)
+        mcore.restore(chunks, None, mcore.load_sharded(mcore.sharded_state(chunks, None, is_loading=True), weights))
+    else:
+        load_hf_weights(chunks, weights, opened.shape, tp_rank=0, tp_size=1)
 
 
 def _build(shape: ModelShape, layout: LayoutConfig, dtype: torch.dtype, device: torch.device) -> list:

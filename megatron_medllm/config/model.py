@@ -14,41 +14,14 @@ from pydantic import (
 )
 
 from megatron_medllm.config.base import Section, first_problem
+from megatron_medllm.config.megatron_dirs import find_megatron
+from megatron_medllm.config.megatron_yaml import megatron_shape
+from megatron_medllm.config.shape import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 _Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-
-
-class ModelShape(Section):
-    """The numbers that fix a Qwen2.5 model's parameters, in Megatron-Core's spelling."""
-
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_query_groups: int = Field(gt=0, description="key/value heads")
-    ffn_hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(
-        gt=0, description="rows of the embedding as published, before padding for tensor parallelism"
-    )
-    tie_embeddings: bool
-    layernorm_epsilon: float = 1e-6
-    rotary_base: float = 1_000_000.0
-    max_position_embeddings: int = 32768
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelShape":
-        if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"{self.num_attention_heads} heads are not a multiple of {self.num_query_groups} KV heads")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        return self
-
-    @property
-    def kv_channels(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 def _shape(
@@ -92,12 +65,15 @@ SIZES: dict[str, ModelShape] = {
 class ModelConfig(Section):
     """Where the model's shape and starting weights come from.
 
-    `path` (an HF directory) gives both. `size` alone names a shape and starts from random weights; `shape` spells
-    one out. `backend` picks Transformer Engine's layers or torch's.
+    `path` (an HF directory, or a Megatron checkpoint) gives both. `size` alone names a shape and starts from random
+    weights; `shape` spells one out. `backend` picks Transformer Engine's layers or torch's.
     """
 
     size: str | None = None
     path: Path | None = None
+    source: Path | None = Field(
+        default=None, description="HF directory with config.json and tokenizer, where `path` is a checkpoint without"
+    )
     shape: ModelShape | None = None
     backend: Literal["torch", "te"] = "torch"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -119,22 +95,29 @@ class ModelConfig(Section):
         given = [name for name in ("size", "path", "shape") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of size, path and shape (found: {', '.join(given) or 'none'})")
+        if self.source is not None and self.path is None:
+            raise ValueError("source goes with path: it describes the checkpoint there")
         if self.size is not None and self.size not in SIZES:
             raise ValueError(f"unknown size {self.size!r}; known: {', '.join(SIZES)}")
         return self
 
     def resolve_shape(self) -> ModelShape:
-        """The shape, reading `path`/config.json where the model is given by directory.
+        """The shape, read from the model's directory where it is given by one.
 
         Raises:
-            UserError: `path` holds no Qwen2 config.json.
+            UserError: as `shape_of_directory`.
         """
         if self.shape is not None:
             return self.shape
         if self.size is not None:
             return SIZES[self.size]
         assert self.path is not None
-        return shape_from_hf_config(self.path)
+        return shape_of_directory(self.path, self.source)
+
+    def files_dir(self) -> Path | None:
+        """The folder that may hold the model's tokenizer: an HF directory, or what a checkpoint has in its place."""
+        place = None if self.path is None else find_megatron(self.path)
+        return self.path if place is None else self.source or place.tokenizer
 
 
 class _Rope(BaseModel):
@@ -276,3 +259,24 @@ def shape_from_hf_config(hf_dir: Path) -> ModelShape:
         raise UserError(f"{path}: {why}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def shape_of_directory(path: Path, source: Path | None = None) -> ModelShape:
+    """The shape of the model in an HF directory or a Megatron checkpoint.
+
+    Args:
+        path: of the directory.
+        source: HF directory whose config.json describes a Megatron checkpoint; default: what that carries. An HF
+            directory describes itself, so a recipe's later stages start from theirs whatever its `source` is.
+
+    Raises:
+        UserError: no configuration is there, it cannot be read, or it is not a Qwen2.5 model's or not the checkpoint's.
+    """
+    place = find_megatron(path)
+    if place is None:
+        return shape_from_hf_config(path)
+    given = None if source is None else shape_from_hf_config(source)
+    if place.writer != "medllm":
+        return megatron_shape(place, given)
+    assert place.tokenizer is not None
+    return given or shape_from_hf_config(place.tokenizer)

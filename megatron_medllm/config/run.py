@@ -77,9 +77,9 @@ class RunConfig(Section):
         Raises:
             UserError: neither `model.path` nor `tokenizer` holds a tokenizer.json.
         """
-        candidates = [path for path in (self.model.path, self.tokenizer) if path is not None]
+        candidates = [path for path in (self.model.files_dir(), self.tokenizer) if path is not None]
         if not candidates:
-            raise UserError("set tokenizer: the model starts from random weights and brings none")
+            raise UserError("set tokenizer: the model brings none")
         for directory in candidates:
             if (directory / "tokenizer.json").is_file():
                 return directory

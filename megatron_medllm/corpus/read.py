@@ -304,7 +304,7 @@ def _read_parquet(piece: InputPiece, source: SourceConfig) -> Iterator[Documents
                     identifier = identifier.decode("utf-8", "replace")
                 batch.add(text, identifier, row, encoding=encoding)
             yield batch
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one: a damaged name
         yield Documents(bad=[Loss(row + 1, "broken Parquet", str(error).splitlines()[0])], lines_read=1)
 
 

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 from megatron_medllm.config.corpus import SourceConfig
 from megatron_medllm.corpus.json_values import is_json_values
@@ -116,7 +116,7 @@ def _look_into(name: str, source: SourceConfig, path: str) -> InputPiece:
     compression = compression_of(packed, suffix)
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
-    head = _unpacked(packed, compression) if compression else packed
+    head = _unpacked(path, packed, compression) if compression else packed
     if suffix in _ARCHIVES or packed.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
         raise UserError(f"sources.{name}: {path} is an archive; unpack it, and name the files in it")
     kind = source.format if source.format != "auto" else _FORMATS.get(suffix, "")
@@ -134,15 +134,26 @@ def _look_into(name: str, source: SourceConfig, path: str) -> InputPiece:
     return InputPiece(path, kind, compression, encoding=encoding)
 
 
-def _unpacked(packed: bytes, compression: str) -> bytes:
-    """The beginning of what a packed beginning holds; empty where it is broken, which the worker meets again."""
+def _unpacked(path: str, packed: bytes, compression: str) -> bytes:
+    """The beginning of what a packed file holds: of as many members or blocks as it takes, `packed` being its own."""
+    head = _beginning(io.BytesIO(packed), compression)
+    if len(head) < _HEAD_BYTES == len(packed):  # bzip2 and zstd give nothing before a whole block
+        with open(path, "rb") as stream:
+            head = _beginning(stream, compression)
+    return head
+
+
+def _beginning(stream: IO[bytes], compression: str) -> bytes:
+    """The first bytes of a packed stream; less where it is cut or broken, which the worker meets again."""
+    head = b""
     try:
-        for block in read_blocks(io.BytesIO(packed), compression, window_bytes=1 << 31):
-            if block:
-                return block[:_HEAD_BYTES]
+        for block in read_blocks(stream, compression, window_bytes=1 << 31):
+            head += block[:_HEAD_BYTES]
+            if len(head) >= _HEAD_BYTES:
+                break
     except BrokenInputError:
         pass
-    return b""
+    return head[:_HEAD_BYTES]
 
 
 def _parquet_pieces(path: str, encoding: str, chunk_bytes: int) -> Iterator[tuple[InputPiece, int]]:
@@ -151,7 +162,7 @@ def _parquet_pieces(path: str, encoding: str, chunk_bytes: int) -> Iterator[tupl
 
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
-    except (pyarrow.ArrowInvalid, OSError):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # the last one: a damaged name
         yield (
             InputPiece(path, "parquet", "", 0, 1, encoding),
             0,

@@ -77,9 +77,9 @@ def ragged_cudnn(
     """[t, np, hn]: by cuDNN's ragged kernels; None where there is no plan for this stream."""
     heads, width = (query.shape[1], key.shape[1]), query.shape[2]
     name = ("ragged", heads, width)
-    if name not in packed.tables:
+    if name not in packed.tables:  # its first layer decides for all of them
         layout = packed.ragged_layout()
-        packed.tables[name] = RaggedBatch.build(
+        batch = RaggedBatch.build(
             layout.lengths_q,
             layout.lengths_kv,
             heads=heads,
@@ -87,8 +87,9 @@ def ragged_cudnn(
             move=partial(to_device, device=query.device, ahead=packed.ahead),
             kv_rows=layout.kv_rows,
         )
-    batch: RaggedBatch = packed.tables[name]
-    found = plans.get(plan_key(batch, heads=heads, width=width, dtype=query.dtype, scale=scale), query.device)
+        found = plans.get(plan_key(batch, heads=heads, width=width, dtype=query.dtype, scale=scale), query.device)
+        packed.tables[name] = (batch, found)
+    batch, found = packed.tables[name]
     return None if found is None else ragged_attention(query, key, value, batch, found, scale)
 
 
@@ -124,7 +125,7 @@ def _choice(
     strict, no_ragged = wanted == "cudnn", missing_front_end(device)
     if strict and no_ragged is not None:
         raise UserError(f"kernels.attention=cudnn needs {no_ragged}; auto takes cuDNN for one-document streams alone")
-    plans = PlanCache(strict=strict)
+    plans = PlanCache(strict=strict, sightings=1)  # of the check
     dense_fault = disagreement(CudnnAttention(dense=True, plans=None), ONE_DOCUMENT, device, dtype, heads, width)
     ragged_fault = no_ragged
     if no_ragged is None:
@@ -135,7 +136,8 @@ def _choice(
         raise UserError(f"kernels.attention=cudnn: {faults[0]}")
     if faults:
         log.warning("attention: cuDNN failed its check and is left out: %s", "; ".join(faults))
-    attend = CudnnAttention(dense=dense_fault is None, plans=plans if ragged_fault is None else None)
+    kept = PlanCache(strict=strict) if ragged_fault is None else None
+    attend = CudnnAttention(dense=dense_fault is None, plans=kept)
     one = "cuDNN" if dense_fault is None else f"flash (cuDNN: {dense_fault})"
     many = "cuDNN" if ragged_fault is None else f"flash (cuDNN: {ragged_fault})"
     return attend, f"one document a stream: {one}; several: {many}"

@@ -15,7 +15,8 @@ class Hardware:
 
     Memory in bytes, peaks in dense FLOP/s, bandwidths in bytes/s per GPU and direction, latencies in seconds.
     `efficiency_*` is what a kernel reaches of its peak: `..._fp8` with TE's per-tensor scales, `..._fp8_blocks` with
-    our 128-wide blocks. `sources` says where every number is from.
+    our 128-wide blocks. `host_step_s`: what the device waits for the host in a step. `sources` says where every number
+    is from.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Hardware:
     efficiency_link: float
     overlap_tensor_parallel: float
     overlap_data_parallel: float
+    host_step_s: float
     mtbf_gpu_hours: float
     sources: dict[str, str]
 

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from megatron_medllm.config.megatron_dirs import find_megatron
 from megatron_medllm.corpus import questions
 from megatron_medllm.errors import UserError
 from megatron_medllm.exams import loading
@@ -40,7 +41,7 @@ class InputKind(Enum):
     QUESTIONS = auto()  # likewise, of what a corpus is decontaminated against
     EXAM = auto()  # files and folders of questions, with their metadata
     SHOTS = auto()  # the worked examples that lie beside an exam
-    MODEL = auto()  # a Hugging Face directory, or an adapter's
+    MODEL = auto()  # a Hugging Face directory, an adapter's, or a Megatron checkpoint
     TOKENIZER = auto()  # a folder, a file, or a name on the hub
     CORPUS = auto()  # a folder that `medllm corpus build` wrote
     FOLDER = auto()  # a folder, or a name that stands for something else
@@ -74,7 +75,7 @@ def input_files(entry: Input) -> list[Path]:
         case InputKind.SHOTS:
             return [find_shot_file(paths)]
         case InputKind.MODEL:
-            return [path for folder in paths for path in _folder_files(folder, entry.setting, _MODEL_SUFFIXES)]
+            return [path for folder in paths for path in _model_files(folder, entry.setting)]
         case InputKind.CORPUS:
             return [path for folder in paths for path in _folder_files(folder, entry.setting, ("manifest.json",))]
         # A name on the hub, of a data set or of a shipped prompt is no path: the setting itself tells of it.
@@ -88,6 +89,11 @@ def input_files(entry: Input) -> list[Path]:
             if missing:
                 raise UserError(f"{entry.setting}: {missing[0]}: no such file")
             return paths
+
+
+def _model_files(folder: Path, setting: str) -> list[Path]:
+    place = find_megatron(folder)
+    return _folder_files(folder, setting, _MODEL_SUFFIXES) if place is None else list(place.files())
 
 
 def input_digests(entries: Iterable[Input], memory: "DigestMemory") -> dict[str, str]:

@@ -1,11 +1,13 @@
 """The reference of a preference run: which model it is, and the key that its cached log-probabilities stand under."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_medllm.checkpoint.peft_adapter import CONFIG_NAME, WEIGHTS_NAME
+from megatron_medllm.config.megatron_dirs import find_megatron
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, RpoConfig
 from megatron_medllm.data.pairs import PairSet
@@ -49,8 +51,10 @@ def reference_key(run: RunConfig, config: RpoConfig, pair_set: PairSet) -> Refer
     )
 
 
-def digest_weights(hf_dir: Path) -> str:
-    """Digest of an HF directory's tensors and shape; of a process group one rank reads each file. Collective.
+def digest_weights(model_dir: Path) -> str:
+    """Digest of the tensors and the shape in an HF directory or a Megatron checkpoint. Collective.
+
+    Of a process group one rank reads each file.
 
     Raises:
         UserError: a file cannot be read; raised on every rank.
@@ -58,14 +62,14 @@ def digest_weights(hf_dir: Path) -> str:
     together = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     # The first rank says what there is: not every node need see a new file of a shared folder at the same time.
-    names: list[Any] = [sorted(path.name for path in hf_dir.glob("*.safetensors"))]
+    names: list[Any] = [_weight_files(model_dir)]
     if together:
         dist.broadcast_object_list(names, src=0)
     mine: dict[str, str] = {}
     problem = None
     try:
-        for name in [*names[0], "config.json"][rank::size]:
-            mine[name] = digest_file(hf_dir / name)
+        for name in names[0][rank::size]:
+            mine[name] = digest_file(model_dir / name)
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
     parts: list[Any] = [(mine, problem)]
@@ -76,6 +80,14 @@ def digest_weights(hf_dir: Path) -> str:
     if problem is not None:
         raise UserError(problem)
     return digest_value({name: digest for part, _ in parts for name, digest in part.items()})
+
+
+def _weight_files(model_dir: Path) -> list[str]:
+    """What the model's weights and shape depend on, as paths from its directory."""
+    place = find_megatron(model_dir)
+    if place is None:
+        return [*sorted(path.name for path in model_dir.glob("*.safetensors")), "config.json"]
+    return [os.path.relpath(path, model_dir) for path in place.files()]
 
 
 def digest_adapter(adapter_dir: Path) -> str:

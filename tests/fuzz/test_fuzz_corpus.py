@@ -54,7 +54,8 @@ def files(draw: st.DrawFn) -> File:
     characters = st.sampled_from(JAPANESE) if encoding in ENCODINGS else st.one_of(st.sampled_from(JAPANESE), unicode)
     text = st.text(characters, max_size=60)
     if container in ("lines", "text"):  # what a line cannot hold, and what is no document
-        text = text.map(lambda t: t.replace("\n", "").replace("\r", "").removeprefix("\ufeff")).filter(str.strip)
+        # UTF-16's mark and a NUL are UTF-32's mark.
+        text = text.map(lambda t: t.replace("\n", "").replace("\r", "").lstrip("\ufeff\0")).filter(str.strip)
     texts = draw(st.lists(text, min_size=1, max_size=1 if container == "text" else 8))
     return File(
         texts=texts,

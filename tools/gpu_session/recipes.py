@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
-ON: dict[str, str] = {}  # every switch at auto: what a user gets
+# Every switch at auto, but that plans of attention are built at once: what a user gets after some minutes.
+ON = {"attention": "cudnn"}
 OFF = {"attention": "flash", "lora": "separate", "optimizer": "megatron", "copies": "blocking",
        "swiglu": "megatron"}  # fmt: skip
 PAIRS = {"prompt_length": 300, "response_length": 300}
@@ -20,10 +21,10 @@ class Row:
     recipe: str
     overrides: tuple[str, ...] = ()
     lengths: dict[str, int] = field(default_factory=dict)
-    switches: dict[str, str] = field(default_factory=dict)
+    switches: dict[str, str] = field(default_factory=lambda: ON)
     kind: str = "train"
     steps: int = 4
-    warmup_steps: int = 6  # plans of attention for most kinds of streams are built in them
+    warmup_steps: int = 12  # attention's plans for most kinds of streams are built in them
     rank: int = 0
     tiny: tuple[str, ...] = ()  # further overrides of a tiny run
     tiny_rank: int = 0
@@ -31,7 +32,10 @@ class Row:
     def all_overrides(self, *, tiny: bool) -> list[str]:
         """What follows the recipe on the command line: no data and no weights are read."""
         found = ["data=/nowhere", "model.path=null", *self.overrides]
-        found += [f"kernels.{name}={value}" for name, value in self.switches.items()]
+        found += [
+            f"kernels.{name}={'auto' if tiny and value == 'cudnn' else value}"  # a tiny run may be on a CPU
+            for name, value in self.switches.items()
+        ]
         return [*tiny_overrides(found), *self.tiny] if tiny else found
 
 
@@ -81,10 +85,10 @@ ROWS: dict[str, Row] = {
     "rpo-2k-fp8": rpo(2048, "rpo.adapter.base=fp8"),
     "rpo-2k swiglu": rpo(2048, "layout.recompute=swiglu"),
     "lora-4k attention=flash": lora(4, 4096, switches={"attention": "flash"}),
-    "lora-4k lora=separate": lora(4, 4096, switches={"lora": "separate"}),
-    "lora-4k optimizer=megatron": lora(4, 4096, switches={"optimizer": "megatron"}),
-    "lora-4k copies=blocking": lora(4, 4096, switches={"copies": "blocking"}),
-    "lora-4k swiglu=megatron": lora(4, 4096, switches={"swiglu": "megatron"}),
+    "lora-4k lora=separate": lora(4, 4096, switches=ON | {"lora": "separate"}),
+    "lora-4k optimizer=megatron": lora(4, 4096, switches=ON | {"optimizer": "megatron"}),
+    "lora-4k copies=blocking": lora(4, 4096, switches=ON | {"copies": "blocking"}),
+    "lora-4k swiglu=megatron": lora(4, 4096, switches=ON | {"swiglu": "megatron"}),
     "rpo-4k": rpo(4096),
     "lora-8k": lora(2, 8192),
 }

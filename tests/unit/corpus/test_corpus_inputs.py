@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import subprocess
 import sys
 
@@ -123,6 +124,37 @@ def test_a_small_file_that_unpacks_far_takes_bounded_memory(tmp_path, name):
     losses, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rsplit(" ", 1)
     assert "longer than 16 MB" in losses
     assert int(grown) < 150  # MiB
+
+
+def members_of(pack, data, size):
+    return b"".join(pack(data[start : start + size]) for start in range(0, len(data), size))
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_what_a_file_is_is_told_over_the_bounds_of_its_members(tmp_path, suffix, encoding, name):
+    """FF FE 00 | 00 ... is a mark of UTF-32 cut in two, and FF FE that of UTF-16."""
+    content = "血圧" if name == "a.txt" else ' [{"text": "血圧"}]'
+    for size in (1, 2, 3, 5):
+        (tmp_path / f"{name}.{suffix}").write_bytes(members_of(PACKED[suffix], content.encode(encoding), size))
+        assert read_all(tmp_path / f"{name}.{suffix}")[:2] == (["血圧"], []), size
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_what_a_file_is_is_told_where_its_first_block_is_long(tmp_path, suffix, name):
+    """bzip2 and zstd give nothing before a whole block, here of more than 64 KiB when packed."""
+    text = "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA0), k=100_000)))
+    content = text if name == "a.txt" else json.dumps([{"text": text}], ensure_ascii=False)
+    (tmp_path / f"{name}.{suffix}").write_bytes(PACKED[suffix](content.encode("utf-16")))
+    assert read_all(tmp_path / f"{name}.{suffix}")[:2] == ([text], [])
+
+
+def test_an_archive_in_short_members_is_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(members_of(gzip.compress, bytes(257) + b"ustar" + bytes(250), 100))
+    with pytest.raises(UserError, match="is an archive; unpack it"):
+        read_all(tmp_path / "a.jsonl.gz")
 
 
 def test_archives_and_packed_parquet_are_refused_by_name(tmp_path):
@@ -324,6 +356,26 @@ def test_a_broken_string_spoils_its_own_row_only(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
     texts, bad, _ = read_all(tmp_path / "a.parquet")
     assert texts == ["a", "b"] and [(loss.line, loss.reason) for loss in bad] == [(2, "not UTF-8")]
+
+
+def test_a_parquet_file_with_a_damaged_column_name_is_told_by_its_kind(tmp_path):
+    """Its schema is thrift, whose names nobody checks: pyarrow raises UnicodeDecodeError as it opens the file."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"doc": {"text": "a"}}]), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"doc", b"d\x80c"))
+    texts, bad, _ = read_all(tmp_path / "a.parquet", text_field="doc.text")
+    assert texts == [] and [(loss.line, loss.kind) for loss in bad] == [(1, "broken Parquet")]
+    assert "can't decode byte 0x80" in bad[0].detail
+
+
+def test_a_parquet_file_with_a_damaged_column_name_is_named(tmp_path, build_one):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}]), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"text", b"t\x80xt"))
+    with pytest.raises(
+        UserError, match=r"broken Parquet: 1, first .*a\.parquet:1: broken Parquet: 'utf-8' codec can't decode"
+    ):
+        build_one(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])

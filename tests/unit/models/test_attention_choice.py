@@ -155,7 +155,7 @@ def failing(key: Any, device: torch.device) -> Any:
 
 
 def test_a_plan_that_cannot_be_built_turns_ragged_off_with_one_warning(caplog: pytest.LogCaptureFixture):
-    plans = PlanCache(failing)
+    plans = PlanCache(failing, sightings=1)
     query = torch.randn(400, 2, 16, dtype=torch.bfloat16, requires_grad=True)
     attend = CudnnAttention(dense=False, plans=plans)
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_a_plan_that_cannot_be_built_turns_ragged_off_with_one_warning(caplog: p
 
 def test_cudnns_own_error_turns_ragged_off_too(cudnn: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Graph, "unsupported", True)
-    plans = PlanCache()
+    plans = PlanCache(sightings=1)
     query = torch.randn(400, 2, 16, dtype=torch.bfloat16)
     assert ragged_cudnn(query, query, query, pack(MANY), SCALE, plans) is None
     assert str(plans.off).endswith("RuntimeError: cudnnGraphNotSupportedError: No valid engine configs")
@@ -176,11 +176,21 @@ def test_cudnns_own_error_turns_ragged_off_too(cudnn: None, monkeypatch: pytest.
 
 def test_only_so_many_plans_are_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(cudnn_ragged, "MAX_PLANS", 2)
-    plans = PlanCache(lambda key, device: f"plans of {key}")  # type: ignore[arg-type,return-value]
+    plans = PlanCache(lambda key, device: f"plans of {key}", sightings=1)  # type: ignore[arg-type,return-value]
     assert [plans.get(key, CPU) for key in ("a", "b", "c", "d", "a")] == [  # type: ignore[arg-type]
         "plans of a", "plans of b", None, None, "plans of a",
     ]  # fmt: skip
     assert len(caplog.records) == 1
+
+
+def test_plans_are_built_for_a_kind_that_comes_again(cudnn: None):
+    """Two layers of a stream count once, and attend in the same way."""
+    plans = PlanCache(sightings=3)
+    query = torch.randn(400, 2, 16, dtype=torch.bfloat16)
+    streams = [pack(MANY) for _ in range(4)]
+    found = [[ragged_cudnn(query, query, query, s, SCALE, plans) is not None for _ in range(2)] for s in streams]
+    assert found == [[False, False], [False, False], [True, True], [True, True]]
+    assert ragged_cudnn(query, query, query, streams[0], SCALE, plans) is None  # recomputed as it was
 
 
 def test_disagreement_is_found():

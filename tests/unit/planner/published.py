@@ -7,9 +7,9 @@ to 500 W, 2.4 TB/s memory), MaxText's table (H200). Where a source leaves a numb
 from dataclasses import dataclass
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelShape
+from megatron_medllm.config.model import SIZES, ModelShape
 from megatron_medllm.planner.plan import plan
-from megatron_medllm.planner.workload import Workload
+from megatron_medllm.planner.workload import Mode, Workload
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,26 @@ _MAXTEXT_70B = Workload(
     micro_batch_size=2,
 )
 
+
+def _one_gpu(size: str, mode: Mode, length: int, *, rows: int = 1, attended: int | None = None) -> Workload:
+    return Workload(
+        shape=SIZES[size],  # type: ignore[index]  # a name of the table
+        layout=LayoutConfig(),
+        mode=mode,
+        sequence_length=length,
+        global_batch_size=rows,
+        attended_length=attended,
+    )
+
+
+_FULL_7B = Workload(
+    shape=SIZES["7b"],
+    layout=LayoutConfig(recompute="full"),
+    sequence_length=4096,
+    global_batch_size=1,
+    moments_bytes=4,
+)
+
 ROWS = (
     Published(
         "Llama 3 70B FP8 pretraining",
@@ -173,4 +193,21 @@ ROWS = (
         calibrates="efficiency_gemm_bf16 of H200",
         note="layout not published: FSDP over 64 GPUs, full recomputation assumed",
     ),
+    # One GPU, ours: docs/benchmarks/h200.md, 2026-11-27. Where attention's plans were built in the measured steps, the
+    # profiled step without that. Attended lengths are the documents' own, from the FLOPs that were counted.
+    Published("ours: 7B bf16 LoRA, rows of 8,192, whole", "h200", _one_gpu("7b", "lora", 8192), 15535),
+    Published(
+        "ours: 7B bf16 LoRA, 4 rows of 4,096", "h200", _one_gpu("7b", "lora", 4096, rows=4, attended=1611), 17021
+    ),
+    Published(
+        "ours: 7B LoRA on an FP8 base, 2 rows of 8,192",
+        "h200",
+        _one_gpu("7b", "fp8-lora", 8192, rows=2, attended=1911),
+        21500,
+    ),
+    Published("ours: 7B RPO bf16 LoRA, 8 pairs", "h200", _one_gpu("7b", "lora", 7200, attended=716), 17595),
+    Published(
+        "ours: 7B, all parameters, bf16 moments", "h200", _FULL_7B, 5535, calibrates="_ROUNDING_BYTES", note="740 ms"
+    ),
+    Published("ours: 72B LoRA on an FP8 base", "h200", _one_gpu("72b", "fp8-lora", 2048), 2680, note="764 ms"),
 )

@@ -146,14 +146,14 @@ def test_hardware_files_load_and_broken_ones_name_the_field(tmp_path: Path) -> N
         load_hardware("h9000")
 
 
-def test_block_scaled_fp8_saves_memory_not_time() -> None:
+def test_block_scaled_fp8_saves_memory_and_time() -> None:
     def lora(mode: Mode) -> Plan:
         layout = LayoutConfig(gpus_per_node=1, recompute="full")
         return plan(Workload(shape=SIZES["72b"], layout=layout, mode=mode, global_batch_size=1), "h200")
 
     fp8, bf16 = lora("fp8-lora"), lora("lora")
     assert fp8.fits and not bf16.fits  # 72B on one H200
-    assert fp8.tokens_per_s_per_gpu < bf16.tokens_per_s_per_gpu
+    assert fp8.tokens_per_s_per_gpu > bf16.tokens_per_s_per_gpu  # measured: 19,167 and 15,535 at 7B
 
 
 def test_low_rank_products_cost_what_they_read_and_write() -> None:

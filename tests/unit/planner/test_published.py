@@ -1,12 +1,12 @@
-"""Published throughputs: three rows set three efficiencies, the others are predicted."""
+"""Published throughputs: four rows set four constants, the others are predicted."""
 
 import pytest
 
 from tests.unit.planner.published import ROWS, Published
 
 
-def test_three_rows_calibrate_three_constants() -> None:
-    assert sum(bool(row.calibrates) for row in ROWS) == 3
+def test_four_rows_calibrate_four_constants() -> None:
+    assert sum(bool(row.calibrates) for row in ROWS) == 4
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
