@@ -15,6 +15,7 @@ from megatron_medllm.cli.bench import bench_app
 from megatron_medllm.cli.corpus import corpus_app
 from megatron_medllm.cli.examples import examples
 from megatron_medllm.cli.exams import eval_app
+from megatron_medllm.cli.release import release_app
 from megatron_medllm.errors import USER_ERROR_EXIT_CODE, UserError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.add_typer(release_app, name="release")
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "pipeline": recipe.pipeline,

@@ -16,7 +16,7 @@ from megatron_medllm.config.base import Switch
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.pair_file import Message, PairText, read_pairs
 from megatron_medllm.errors import UserError
-from megatron_medllm.storage import read_json
+from megatron_medllm.storage import digest_value, read_json
 
 # Answers whose normalized edit distance is below this are reported as near-identical (arXiv 2402.13228, section 3).
 NEAR_IDENTICAL = 0.1
@@ -32,13 +32,18 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenized pair. `row` is its line in the file, from 0: the name under which everything else knows it."""
+    """A tokenized pair. `row` is its line in the file, from 0: the name under which everything else knows it.
+
+    `question`: what tells its question from others, the file's name for it and the whole prompt. Pairs that share one
+    of them answer the same question.
+    """
 
     row: int
     prompt: np.ndarray  # [n] int64, n >= 1
     chosen: Response
     rejected: Response
     weight: float
+    question: tuple[str, ...] = ()
 
     def packed_length(self, *, share_prompt: bool) -> int:
         """Tokens that the pair takes in a stream."""
@@ -159,6 +164,7 @@ class _Encoder:
             chosen=self._response(text.chosen, f"{text.where}: field 'chosen'", ended=text.chosen_ended),
             rejected=self._response(text.rejected, f"{text.where}: field 'rejected'", ended=text.rejected_ended),
             weight=text.weight,
+            question=_question(text),
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -181,6 +187,12 @@ class _Encoder:
         if not ids:
             raise UserError(f"{where} has no tokens")
         return _response(self._tokenizer, text, self._masks, self._end if ended else [])
+
+
+def _question(text: PairText) -> tuple[str, ...]:
+    prompt = text.prompt.strip() if isinstance(text.prompt, str) else text.prompt
+    named = () if text.question is None else (f"id:{text.question}",)
+    return (*named, f"prompt:{digest_value(prompt)[:16]}")
 
 
 def _compile(pattern: str) -> re.Pattern:

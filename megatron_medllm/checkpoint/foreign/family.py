@@ -28,7 +28,7 @@ _KNOWN = re.compile(
     r"|(input|pre_mlp)_layernorm\.weight"
     r"|self_attention\.linear_(qkv|proj)\.(lora_[ab]|adapter\.linear_(in|out)\.weight)"
     r"|mlp\.linear_fc[12]\.(lora_[ab]|adapter\.linear_(in|out)\.weight))"
-    r"|.*\._extra_state|rotary_pos_emb\.inv_freq|decoder\.layers\.(\d+\.)?.*inv_freq"
+    r"|.*\._extra_state(/.*)?|rotary_pos_emb\.inv_freq|decoder\.layers\.(\d+\.)?.*inv_freq"
 )
 _BIAS = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.bias")
 _HEAD_NORM = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.[qk]_layernorm\.weight")
