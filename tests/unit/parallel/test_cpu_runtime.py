@@ -48,7 +48,7 @@ def test_the_commit_in_a_version_is_passed_over():
 def test_a_folder_that_is_a_clone_makes_no_other_version(tmp_path: Path):
     for command in ("init", "add .", "-c user.name=a -c user.email=a@b commit --allow-empty -m x"):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, capture_output=True)
-    code = "import megatron.core; from megatron_medllm.parallel import cpu; cpu.install(); print(megatron.core.__version__)"
+    code = "from megatron import core; from megatron_medllm.parallel import cpu; cpu.install(); print(core.__version__)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
