@@ -67,7 +67,16 @@ def _documents(
         "epochs": None,
         "loss_after": (),
         "batch_ramp_steps": 0,
-        "validate_every_steps": 0,  # nothing is held out
+        **_unvalidated(section),
+    }
+
+
+def _unvalidated(section: CptConfig | RpoConfig) -> dict[str, object]:
+    """Nothing is held out of random data."""
+    return {
+        "validate_every_steps": 0,
+        "checkpoint": section.checkpoint.model_copy(update={"best": None, "export": None}),
+        "guard": section.guard.model_copy(update={"patience": 0}),
     }
 
 
@@ -91,6 +100,8 @@ def _pairs(
         "reference": directory / "reference",
         "epochs": 1.0,
         "template": "plain",
+        "validation_share": 0.0,
+        **_unvalidated(section),
     }
 
 

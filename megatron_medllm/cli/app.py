@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Qwen2.5 on Megatron-Core: Japanese medical continued pretraining, then preference optimization. "
+    help="Qwen2.5 and Qwen3 on Megatron-Core: Japanese medical continued pretraining, then preference optimization. "
     "Every command takes a YAML file and key=value overrides, e.g. cpt.optimizer.lr=1e-5.",
 )
 app.add_typer(corpus_app, name="corpus")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, Switch
 from megatron_medllm.config.cluster import Seconds
 
 # Scales per block of 128 (the torch backend's own and Transformer Engine's), of earlier steps, or of the whole tensor.
@@ -54,6 +54,23 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
     keep_every_steps: int = Field(default=0, ge=0, description="checkpoints at multiples of this stay for good")
     async_save: bool = Field(default=False, description="write in the background while training goes on")
+    best: str | None = Field(
+        default=None, description="keep the checkpoint that is best by this metric on held-out data: validation_loss, …"
+    )
+    export: Literal["best", "last"] | None = Field(
+        default=None, description="which checkpoint becomes the stage's model; default: best where `best` is set"
+    )
+
+    @model_validator(mode="after")
+    def _best_by_something(self) -> "CheckpointConfig":
+        if self.export == "best" and self.best is None:
+            raise ValueError("export=best needs a metric: set checkpoint.best")
+        return self
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the stage's model is the best checkpoint's."""
+        return self.best is not None and self.export != "last"
 
 
 class GuardConfig(Section):
@@ -67,6 +84,9 @@ class GuardConfig(Section):
         default=5, ge=1, description="skipped steps in a row before the last checkpoint is reloaded"
     )
     stop_after: int = Field(default=20, ge=1, description="skipped steps in all before the run stops")
+    patience: int = Field(
+        default=0, ge=0, description="stop after so many validations without a better checkpoint.best; 0: never"
+    )
     walltime_s: Annotated[Seconds, Field(gt=0)] | None = Field(
         default=None, description="stop in time for this, in seconds or as 12:00:00; default: MEDLLM_WALLTIME_S or none"
     )
@@ -103,6 +123,7 @@ class TrainConfig(Section):
     watch: WatchConfig = WatchConfig()
     log_every_steps: int = Field(default=1, gt=0)
     validate_every_steps: int = Field(default=0, ge=0, description="0: only at the end, where validation data exist")
+    validate_at_start: bool = Field(default=True, description="validate before step 1 too, where validation data exist")
     validation_batches: int = Field(default=8, gt=0, description="of every source's held-out share, at most")
     wandb_project: str | None = None
 
@@ -110,6 +131,14 @@ class TrainConfig(Section):
     def _one_fp8(self) -> "TrainConfig":
         if self.fp8 != "none" and self.adapter is not None:
             raise ValueError("fp8=hybrid is for full training; for LoRA on FP8 weights set adapter.base=fp8")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> "TrainConfig":
+        if self.checkpoint.best is not None and not self.validate_every_steps:
+            raise ValueError("checkpoint.best chooses among validations: set validate_every_steps")
+        if self.guard.patience and self.checkpoint.best is None:
+            raise ValueError("guard.patience needs to know what is better: set checkpoint.best")
         return self
 
     @property
@@ -207,8 +236,14 @@ class RpoConfig(TrainConfig):
     loss: RpoLossConfig = RpoLossConfig()
     share_prompt: bool = Field(default=True, description="chosen and rejected behind one copy of their prompt")
     template: str = Field(default="plain", description="plain: prompt + response; chat: the tokenizer's chat template")
+    thinking: Switch = Field(
+        default="auto", description="chat: the template's switch for thinking (Qwen3); auto: the template's default"
+    )
     add_eos: bool = Field(default=True, description="responses end with the tokenizer's eos")
     mask_patterns: tuple[str, ...] = Field(default=(), description="regexes of response text left out of the DPO term")
     too_long: Literal["drop", "cut_prompt"] = "drop"
     filters: RpoFilterConfig = RpoFilterConfig()
+    validation_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the questions whose pairs validate and never train; 0: none"
+    )
     guard: RpoGuardConfig = RpoGuardConfig()

@@ -15,11 +15,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, step: int, consumed: list[Any]) -> None:
-        """Record what `step` used, in order."""
+    def append(self, step: int, consumed: list[Any], **more: Any) -> None:
+        """Record what `step` used, in order; as step 0 what no step will use (`held_out`)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as stream:
-            stream.write(orjson.dumps({"step": step, "consumed": consumed}) + b"\n")
+            stream.write(orjson.dumps({"step": step, "consumed": consumed, **more}) + b"\n")
 
     def cut(self, step: int) -> None:
         """Forget what was recorded after `step` (work that a resume repeats), and a last line cut by a crash."""

@@ -35,6 +35,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+_QUESTION_FIELDS = ("problem_id", "question_id")
 _PROMPT_FIELDS = ("prompt", "conversations", "messages")
 # Part of what the model is to see, in other tools' files: a prompt read without it would be another prompt.
 _LOST_FIELDS = ("system", "instruction", "input", "history", "tools", "images", "image", "videos", "audios")
@@ -49,7 +50,8 @@ _LFS_POINTER = b"version https://git-lfs"
 class PairText:
     """A pair as text. `row` counts the file's pairs from 0; `where` is FILE:LINE.
 
-    `*_ended`: whether the answer has an end of its own, so that an end token may follow it.
+    `*_ended`: whether the answer has an end of its own, so that an end token may follow it. `question`: the name of the
+    question that it answers, where the file gives one.
     """
 
     row: int
@@ -60,6 +62,7 @@ class PairText:
     weight: float
     chosen_ended: bool = True
     rejected_ended: bool = True
+    question: str | None = None
 
 
 def read_pairs(path: Path) -> Iterator[PairText]:
@@ -92,6 +95,7 @@ def _pair(record: dict[str, Any], row: int, where: str) -> PairText:
         weight=_weight(record, where),
         chosen_ended=_flag(record, "chosen_ended", where),
         rejected_ended=_flag(record, "rejected_ended", where),
+        question=_question(record),
     )
 
 
@@ -218,6 +222,17 @@ def _weight(record: dict[str, Any], where: str) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise UserError(f"{where}: field 'weight' must be a positive number, is {_shown(weight)}")
     return float(weight)
+
+
+def _question(record: dict[str, Any]) -> str | None:
+    """The question's own name; what is no name (NaN, a list) is as good as none: then the prompt tells questions apart."""
+    for name in _QUESTION_FIELDS:
+        value = record.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return str(value)
+        if isinstance(value, float) and value.is_integer():  # how a table with gaps holds whole numbers
+            return str(int(value))
+    return None
 
 
 def _flag(record: dict[str, Any], name: str, where: str) -> bool:

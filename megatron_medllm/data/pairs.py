@@ -12,10 +12,11 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
 from megatron_medllm.account import Account
+from megatron_medllm.config.base import Switch
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.pair_file import Message, PairText, read_pairs
 from megatron_medllm.errors import UserError
-from megatron_medllm.storage import read_json
+from megatron_medllm.storage import digest_value, read_json
 
 # Answers whose normalized edit distance is below this are reported as near-identical (arXiv 2402.13228, section 3).
 NEAR_IDENTICAL = 0.1
@@ -31,13 +32,18 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenized pair. `row` is its line in the file, from 0: the name under which everything else knows it."""
+    """A tokenized pair. `row` is its line in the file, from 0: the name under which everything else knows it.
+
+    `question`: what tells its question from others, the file's name for it and the whole prompt. Pairs that share one
+    of them answer the same question.
+    """
 
     row: int
     prompt: np.ndarray  # [n] int64, n >= 1
     chosen: Response
     rejected: Response
     weight: float
+    question: tuple[str, ...] = ()
 
     def packed_length(self, *, share_prompt: bool) -> int:
         """Tokens that the pair takes in a stream."""
@@ -132,6 +138,8 @@ class _Encoder:
         path = tokenizer_dir / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path}: no such file; the model's directory must hold its tokenizer")
+        if config.thinking != "auto" and config.template != "chat":
+            raise UserError(f"rpo.thinking={config.thinking} is a chat template's switch: set rpo.template=chat")
         if config.template not in ("plain", "chat"):
             raise UserError(f"rpo.template={config.template!r}: expected 'plain' or 'chat'")
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -139,7 +147,9 @@ class _Encoder:
         self._template: Callable[[list[Message]], str] | None = None
         self._end: list[int] = []
         if config.template == "chat":
-            self._template, end_of_turn = _chat_template(tokenizer_dir, needs_end=config.add_eos)
+            self._template, end_of_turn = _chat_template(
+                tokenizer_dir, needs_end=config.add_eos, thinking=config.thinking
+            )
             self._end = self._ids(end_of_turn) if config.add_eos else []
         elif config.add_eos:
             self._end = [_eos_id(tokenizer_dir)]
@@ -154,6 +164,7 @@ class _Encoder:
             chosen=self._response(text.chosen, f"{text.where}: field 'chosen'", ended=text.chosen_ended),
             rejected=self._response(text.rejected, f"{text.where}: field 'rejected'", ended=text.rejected_ended),
             weight=text.weight,
+            question=_question(text),
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -178,6 +189,12 @@ class _Encoder:
         return _response(self._tokenizer, text, self._masks, self._end if ended else [])
 
 
+def _question(text: PairText) -> tuple[str, ...]:
+    prompt = text.prompt.strip() if isinstance(text.prompt, str) else text.prompt
+    named = () if text.question is None else (f"id:{text.question}",)
+    return (*named, f"prompt:{digest_value(prompt)[:16]}")
+
+
 def _compile(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
@@ -185,7 +202,9 @@ def _compile(pattern: str) -> re.Pattern:
         raise UserError(f"rpo.mask_patterns: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _chat_template(tokenizer_dir: Path, *, needs_end: bool) -> tuple[Callable[[list[Message]], str], str]:
+def _chat_template(
+    tokenizer_dir: Path, *, needs_end: bool, thinking: Switch
+) -> tuple[Callable[[list[Message]], str], str]:
     """The template as a function of a prompt's messages, and what it writes behind an answer."""
     # transformers is slow to import
     from megatron_medllm.data.tokenizer import apply_template, end_of_turn, load_tokenizer
@@ -195,7 +214,7 @@ def _chat_template(tokenizer_dir: Path, *, needs_end: bool) -> tuple[Callable[[l
         raise UserError(f"{tokenizer_dir}: rpo.template=chat, but the tokenizer has no chat template")
 
     def render(turns: list[Message]) -> str:
-        return apply_template(chat, turns, directory=tokenizer_dir)
+        return apply_template(chat, turns, directory=tokenizer_dir, thinking=thinking)
 
     end = end_of_turn(chat, directory=tokenizer_dir) if needs_end else ""
     if needs_end and not end:

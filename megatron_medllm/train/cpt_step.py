@@ -41,6 +41,7 @@ class CptStep:
     """Rows `[k * batch, (k + 1) * batch)` of the blend make up step k, in any layout."""
 
     unit = "rows"
+    held_out: tuple[Any, ...] = ()  # the corpora's split keeps it apart
     metric_names = ("loss", "count", "tokens", "attended")
 
     def __init__(self, run: RunConfig, config: CptConfig, runtime: Runtime, *, output_dir: Path) -> None:
@@ -98,6 +99,11 @@ class CptStep:
     @property
     def stream_length(self) -> int:
         return self._config.stream_length
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        suffixes = ["", *(f"_{name}" for name in self._validation)] if self._validation else []
+        return tuple(name for suffix in suffixes for name in _named(suffix, 0.0, 0.0))
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         return self._assemble(self._rows, self._starts[step], self._batch_sizes[step])

@@ -1,28 +1,24 @@
 """The training loop: fetch, step, log, save, stop."""
 
 import logging
-import shutil
 import time
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.cluster import REQUEUE_EXIT_CODE
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.data.ledger import Ledger
 from megatron_medllm.errors import UserError
-from megatron_medllm.models.config import DTYPES
 from megatron_medllm.parallel import mcore, runtime
-from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.progress import progress
 from megatron_medllm.storage import write_json
+from megatron_medllm.train.export import export_trained
 from megatron_medllm.train.guard import LossGuard
 from megatron_medllm.train.metrics import MetricsLog, forget_wandb_run
 from megatron_medllm.train.one_step import StepResult, run_step
-from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs, write_end_token
+from megatron_medllm.train.setup import Trainer, build_trainer, check_inputs
 from megatron_medllm.train.signals import stop_requests
 from megatron_medllm.train.throughput import StepClock, Throughput
+from megatron_medllm.train.validation import Validation
 from megatron_medllm.train.watch import watching
 
 log = logging.getLogger(__name__)
@@ -46,9 +42,10 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
             first = _resume(trainer) if resume else 0
             if not resume and trainer.runtime.is_main:
                 forget_wandb_run(run.output_dir())
-            if not _fit(trainer, first, started):
+            ended = _fit(trainer, first, started)
+            if ended is None:
                 return REQUEUE_EXIT_CODE
-            _export(trainer)
+            export_trained(trainer, ended)
             return 0
         finally:
             mcore.release(trainer.chunks)
@@ -56,26 +53,12 @@ def train(run: RunConfig, *, resume: bool = True) -> int:
         runtime.stop()
 
 
-def _export(trainer: Trainer) -> None:
-    """Write the trained model as OUTPUT/hf, in place of what an earlier run of the stage left there."""
-    run, hf_dir = trainer.run, trainer.run.output_dir() / "hf"
-    if trainer.runtime.is_main:
-        shutil.rmtree(hf_dir, ignore_errors=True)
-    dist.barrier()
-    export_hf(
-        trainer.chunks,
-        run.model.resolve_shape(),
-        hf_dir,
-        runtime=trainer.runtime,
-        source_dir=run.tokenizer_dir(),
-        dtype=DTYPES[run.model.dtype],
-    )
-    if trainer.runtime.is_main:
-        write_end_token(hf_dir, run, trainer.step)
+def _fit(trainer: Trainer, first: int, started: float) -> int | None:
+    """Run steps [first, total) of a training begun at `started`, or fewer where nothing gets better any more.
 
-
-def _fit(trainer: Trainer, first: int, started: float) -> bool:
-    """Run steps [first, total) of a training begun at `started`; False when a signal or the clock stopped it, saved."""
+    Returns:
+        the steps done; None when a signal or the clock stopped it, saved.
+    """
     step_object, ranks, config = trainer.step, trainer.runtime, trainer.config
     books = _Books(trainer, first)
     guard = LossGuard(config.guard)
@@ -85,7 +68,9 @@ def _fit(trainer: Trainer, first: int, started: float) -> bool:
         stop_requests(config.guard, started) as stop,
         watching(trainer, first) as watch,
     ):
-        while step < step_object.total_steps:
+        validation = Validation(trainer, stop, books.record_validation)
+        validation.begin(first)
+        while step < step_object.total_steps and not trainer.checkpoints.best.exhausted:
             clock = StepClock(watch.enter)
             done = run_step(trainer, step, clock, veto=guard.problem)
             done.metrics.update(watch.end_step(step, clock))
@@ -98,31 +83,21 @@ def _fit(trainer: Trainer, first: int, started: float) -> bool:
                 books.cut(step)
                 continue
             reason = stop.reason(ranks)
-            last = reason is not None or step == step_object.total_steps
-            if last or _due(step, config.checkpoint.every_steps):
+            improved = reason is None and validation.after(step)  # a stop saves first; who resumes validates
+            finished = step == step_object.total_steps or trainer.checkpoints.best.exhausted
+            last = finished or reason is not None
+            if last or improved or _due(step, config.checkpoint.every_steps):
                 _save(trainer, step, last=last)
             trainer.checkpoints.poll()
             if trainer.checkpoints.save_s is not None:
                 stop.note_save(trainer.checkpoints.save_s)
-            if _due(step, config.validate_every_steps) or step == step_object.total_steps:
-                books.record_validation(step, _validate(trainer))
-            if reason and step < step_object.total_steps:
+            if reason and not finished:
                 log.warning("stopping after step %d of %d: %s", step, step_object.total_steps, reason)
                 books.close()
-                return False
+                return None
+        validation.after(step)
     books.close()
-    return True
-
-
-def _validate(trainer: Trainer) -> dict[str, float]:
-    gather_parameters(trainer.chunks)
-    for chunk in trainer.chunks:
-        chunk.eval()
-    try:
-        return trainer.step.validate(trainer.chunks)
-    finally:
-        for chunk in trainer.chunks:
-            chunk.train()
+    return step
 
 
 def _save(trainer: Trainer, step: int, *, last: bool) -> None:
@@ -165,7 +140,9 @@ class _Books:
             write_json(output_dir / "progress.json", {"total_steps": trainer.step.total_steps})
             settings: dict[str, Any] = trainer.run.model_dump(mode="json")
             self._log = MetricsLog(output_dir, wandb_project=trainer.config.wandb_project, config=settings)
-            self.cut(first)
+            self.cut(first if first else -1)  # a run from its first step has nothing before it
+            if not first and trainer.step.held_out:
+                self._ledger.append(0, [], held_out=list(trainer.step.held_out))
 
     def cut(self, step: int) -> None:
         if self._log is not None:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
+from megatron_medllm.data.held_out import HeldOut, hold_out
 from megatron_medllm.data.pair_streams import PairMicroBatch
 from megatron_medllm.data.pairs import Pair, PairSet
 from megatron_medllm.data.reference import ReferenceCache
 from megatron_medllm.errors import UserError
 from megatron_medllm.losses.rpo import PairLogprobs, rpo_loss
+from megatron_medllm.parallel import mcore
+from megatron_medllm.parallel.reduce import sum_metrics
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.parallel.staging import runs_ahead, to_device
 from megatron_medllm.storage import write_json
@@ -65,16 +68,32 @@ class RpoStep:
         self._ahead = runs_ahead(run.kernels.copies, runtime.device)
         self._quantized = quantized_base(config) is not None or config.fp8_gemms is not None
         pair_set = load_run_pairs(run, config)
+        held_out = hold_out(pair_set.pairs, config.validation_share)
+        held_out_rows = set(held_out.rows)
+        if config.validate_every_steps and not held_out_rows:
+            raise UserError("validate_every_steps is set, but rpo.validation_share holds nothing out for validation")
         if runtime.is_main:
-            _report_pairs(pair_set, run.output_dir() / "pairs-report.json")
+            _report_pairs(pair_set, held_out, run.output_dir() / "pairs-report.json")
+        self.held_out, self.held_out_digest = sorted(held_out_rows), held_out.digest()
+        most = config.validation_batches * config.global_batch_size
+        self._validation_rows = held_out.rows[:most]
+        if len(held_out_rows) > most:
+            log.info(
+                "%d of %d held-out pairs validate (validation_batches x global_batch_size)", most, len(held_out_rows)
+            )
         self.pairs = {pair.row: pair for pair in pair_set.pairs}
-        self._rows = list(self.pairs)
+        self._rows = [row for row in self.pairs if row not in held_out_rows]
         self.total_steps = max(1, math.floor(config.epochs * len(self._rows) / config.global_batch_size))
         self._reference: dict[int, tuple[float, float]] = {}
         if config.loss.needs_reference:
             cache = ReferenceCache(config.reference or run.run_dir / "reference")
-            self._reference = cache.load(reference_key(run, config, pair_set), self._rows)
+            self._reference = cache.load(reference_key(run, config, pair_set), list(self.pairs))
         self._chosen_rewards: deque[float] = deque(maxlen=config.guard.chosen_fall_steps)
+
+    @property
+    def _compared(self) -> tuple[str, ...]:
+        """Means over pairs that mean something under this loss."""
+        return ("loss", *(name for name in _NAMES if self._reference or name not in _AGAINST_REFERENCE))
 
     @property
     def stream_length(self) -> int:
@@ -138,9 +157,8 @@ class RpoStep:
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over the batch's pairs, `loss` weighted; `tokens` counts padding, `tokens_saved` is by sharing."""
         count = max(sums["count"], 1)
-        names = _NAMES if self._reference else [name for name in _NAMES if name not in _AGAINST_REFERENCE]
         return {
-            **{name: sums[name] / count for name in ("loss", "abs_margin", *names)},
+            **{name: sums[name] / count for name in ("abs_margin", *self._compared)},
             "pairs": sums["count"],
             "tokens": sums["tokens"],
             "unshared_tokens": sums["unshared_tokens"],
@@ -200,14 +218,32 @@ class RpoStep:
         if loss.kind == "rpo" and abs(metrics["preference_loss"] - math.log(2)) > loss.beta * tolerance:
             raise UserError(f"rpo: the preference loss starts at {metrics['preference_loss']:.6f}, not ln 2")
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        return tuple(f"validation_{name}" for name in self._compared) if self._validation_rows else ()
+
     def validate(self, chunks: list[nn.Module]) -> dict[str, float]:
-        return {}
+        """What training reports of its pairs, over the held-out ones, against the same reference."""
+        if not self._validation_rows:
+            return {}
+        pairs = [self.pairs[row] for row in self._validation_rows]
+        parts = mcore.run_micro_batches(
+            self.forward,
+            chunks,
+            pack_batch(pairs, self._run, self._config, self._runtime),
+            stream_length=self.stream_length,
+            forward_only=True,
+        )
+        found = self.summarize(sum_metrics(parts, self.metric_names, self._runtime))
+        return {f"validation_{name}": found[name] for name in (*self._compared, "pairs")}
 
 
-def _report_pairs(pair_set: PairSet, path: Path) -> None:
-    """Leave beside the metrics which pairs train, which do not and why; say so in the log."""
-    report = pair_set.report()
+def _report_pairs(pair_set: PairSet, held_out: HeldOut, path: Path) -> None:
+    """Leave beside the metrics which pairs train, which validate, which do neither and why; say so in the log."""
+    report = pair_set.report() | {"held_out": held_out.report()}
     write_json(path, report)
+    if held_out.questions:
+        log.info("%d pairs of %d questions validate and never train", len(held_out.rows), len(held_out.questions))
     log.info(
         "%d pairs; sharing prompts saves %.1f %% of their tokens", report["pairs"], 100 * report["saved_by_sharing"]
     )

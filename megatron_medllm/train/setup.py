@@ -15,10 +15,11 @@ from megatron_medllm.corpus.blend import read_blend
 from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.config import DTYPES
-from megatron_medllm.models.qwen25 import unwrap
+from megatron_medllm.models.gpt import unwrap
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json
+from megatron_medllm.train.best import build_best
 from megatron_medllm.train.cpt_step import CptStep
 from megatron_medllm.train.model import build_chunks, refuse_random_reference, resolve_adapter
 from megatron_medllm.train.rpo_step import RpoStep
@@ -79,11 +80,13 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
     }
     step: Step
     if isinstance(config, RpoConfig):
-        step = RpoStep(run, config, runtime)
+        step = rpo = RpoStep(run, config, runtime)
+        identity["held_out"] = rpo.held_out_digest
     else:
         step = cpt = CptStep(run, config, runtime, output_dir=output_dir)
         identity["rows"] = cpt.rows_digest
     identity["total_steps"] = step.total_steps
+    best = build_best(config, step)
     chunks = build_chunks(run, runtime, adapter=adapter, fp8=config.fp8_gemms)
     mcore_config = unwrap(chunks[0]).config
     identity["ffn_hidden_size"] = mcore_config.ffn_hidden_size  # as padded for FP8: with tp, unless ffn_multiple is set
@@ -104,6 +107,6 @@ def build_trainer(run: RunConfig, runtime: Runtime) -> Trainer:
         optimizer=optimizer,
         step=step,
         checkpoints=Checkpoints(
-            output_dir / "checkpoints", config.checkpoint, runtime, identity=identity, describe=describe
+            output_dir / "checkpoints", config.checkpoint, runtime, identity=identity, best=best, describe=describe
         ),
     )

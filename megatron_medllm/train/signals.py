@@ -32,6 +32,7 @@ class StopRequests:
         self._signal: str | None = None
         self._longest_step_s = 0.0
         self._longest_save_s = 0.0
+        self._longest_validation_s = 0.0
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """Remember the signal; the loop acts on it after the step."""
@@ -45,9 +46,13 @@ class StopRequests:
         """Learn how long a save takes."""
         self._longest_save_s = max(self._longest_save_s, seconds)
 
+    def note_validation(self, seconds: float) -> None:
+        """Learn how long a validation takes; one may come before the next save."""
+        self._longest_validation_s = max(self._longest_validation_s, seconds)
+
     def is_late(self) -> bool:
-        """Whether one more step and a save might not fit the allotted time."""
-        needed_s = _MARGIN * (self._longest_step_s + self._longest_save_s)
+        """Whether one more step, a validation and a save might not fit the allotted time."""
+        needed_s = _MARGIN * (self._longest_step_s + self._longest_validation_s + self._longest_save_s)
         return time.monotonic() + needed_s > self._deadline
 
     def reason(self, runtime: Runtime) -> str | None:

@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,12 @@ from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.agree import wait_for_all
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import digest_file, read_json, write_json
+from megatron_medllm.train.best import Best
 
 log = logging.getLogger(__name__)
 
 _STATE, _DIGESTS = "state.json", "digests.json"
+_VALIDATIONS = "validations"  # in the state; checkpoints of before 2026-11-27 have none
 _NAME = re.compile(r"step-(\d{8,})", re.ASCII)
 _SPARE = 1.02  # what files take beyond their tensors
 
@@ -46,6 +48,8 @@ class _Save:
     partial: Path
     final: Path
     started: float  # time.monotonic()
+    best: int | None  # the best step when it was begun, which stays
+    validations: dict[str, Any]
     sealing: "Future[str | None] | None" = None
 
 
@@ -59,6 +63,7 @@ class Checkpoints:
         runtime: Runtime,
         *,
         identity: dict[str, Any],
+        best: Best,
         describe: Callable[[Path], None],
     ) -> None:
         """Args:
@@ -66,10 +71,12 @@ class Checkpoints:
         config: which are kept, and whether they are written in the background.
         runtime: where this process stands.
         identity: what a checkpoint must agree in with the run that resumes from it.
+        best: what validations found; the best step's checkpoint stays, and every checkpoint carries it.
         describe: writes what export needs into a checkpoint; called on the main process.
         """
         self.directory, self._config, self._runtime = directory, config, runtime
         self._identity, self._describe = identity, describe
+        self.best = best
         self._writers = StateWriter()
         self._sealer = ThreadPoolExecutor(max_workers=1)
         self._pending: _Save | None = None
@@ -86,7 +93,14 @@ class Checkpoints:
         """
         self.finish()
         name = f"step-{step:08d}"
-        save = _Save(step, self.directory / f".partial-{name}", self.directory / name, time.monotonic())
+        save = _Save(
+            step,
+            self.directory / f".partial-{name}",
+            self.directory / name,
+            time.monotonic(),
+            self.best.step,
+            self.best.to_json(),
+        )
         state = mcore.sharded_state(chunks, optimizer, is_loading=False)
         problem = self._make_room(save, mcore.written_bytes(state))
         if problem is None:
@@ -159,6 +173,7 @@ class Checkpoints:
         return answer[0] is None
 
     def _give_up(self, save: _Save, problem: str) -> None:
+        self.best.forget(save.step)
         if self._runtime.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
             log.error("THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s (%s)", save.step, problem, self._free())
@@ -176,21 +191,22 @@ class Checkpoints:
             return None
         try:
             self._describe(save.partial)
-            write_json(save.partial / _STATE, {"step": save.step, **self._identity})
+            write_json(save.partial / _STATE, {"step": save.step, **self._identity, _VALIDATIONS: save.validations})
             write_json(save.partial / _DIGESTS, _digests(save.partial, known=self._writers.digests))
             shutil.rmtree(save.final, ignore_errors=True)
             save.partial.rename(save.final)
-            self._prune()
+            self._prune(save.best)
         except (OSError, UserError) as error:
             return str(error)
         self.save_s = time.monotonic() - save.started
         return None
 
-    def _prune(self) -> None:
+    def _prune(self, best: int | None) -> None:
+        """Remove what need not stay; `best` is on the disk, as its own save came before this one or is this one."""
         steps = sorted(self._steps())
         for step in steps[: -self._config.keep]:
             every = self._config.keep_every_steps
-            if not (every and step % every == 0):
+            if step != best and not (every and step % every == 0):
                 shutil.rmtree(self.directory / f"step-{step:08d}")
 
     def _steps(self) -> list[int]:
@@ -201,9 +217,19 @@ class Checkpoints:
     def newest_verified(self) -> Path | None:
         """The newest checkpoint whose files match their digests; says which it passed over. Collective."""
         self.finish()
-        steps = [sorted(self._steps(), reverse=True)]
-        dist.broadcast_object_list(steps, src=0)
-        for step in steps[0]:
+        return next((path for _, path in self._verified(sorted(self._steps(), reverse=True))), None)
+
+    def best_verified(self) -> tuple[int, Path] | None:
+        """The best step whose checkpoint is whole; says which it passed over. Collective."""
+        self.finish()
+        kept = set(self._steps())
+        return next(self._verified([step for step in self.best.ranked() if step in kept]), None)
+
+    def _verified(self, steps: list[int]) -> Iterator[tuple[int, Path]]:
+        """Those of the main process's `steps` whose files match their digests, each when it is asked for. Collective."""
+        told = [steps]
+        dist.broadcast_object_list(told, src=0)
+        for step in told[0]:
             path = self.directory / f"step-{step:08d}"
             problems: list[str | None] = [None] * self._runtime.world_size
             dist.all_gather_object(
@@ -211,10 +237,10 @@ class Checkpoints:
             )
             problem = next((text for text in problems if text is not None), None)
             if problem is None:
-                return path
+                yield step, path
+                continue
             if self._runtime.is_main:
                 log.warning("passing over %s: %s", path, problem)
-        return None
 
     def load(self, path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> int:
         """Restore model and optimizer. Collective.
@@ -232,7 +258,9 @@ class Checkpoints:
         mcore.require_same_optimizer(optimizer, path)
         loaded = mcore.load_sharded(mcore.sharded_state(chunks, optimizer, is_loading=True), path)
         mcore.restore(chunks, optimizer, loaded)
-        return int(state["step"])
+        step = int(state["step"])
+        self.best.go_back(step, state.get(_VALIDATIONS))
+        return step
 
 
 def _files(directory: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """What the loop asks of an algorithm. CPT and RPO differ in their step objects alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ class Step(Protocol):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Sums that the loss functions return; "count" is the divisor."""
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Names of what `validate` reports; none where nothing is held out."""
+
+    @property
+    def held_out(self) -> Sequence[Any]:
+        """What never trains, for the ledger; empty where the data keep it apart themselves."""
 
     @property
     def stream_length(self) -> int:

@@ -10,9 +10,10 @@ from megatron_medllm import versions
 from megatron_medllm.errors import UserError
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.2", "0.19.2+23d5ab7", "0.16.1+nv26.05"])
 def test_tested_versions_pass(version: str) -> None:
     versions.refuse_untested(version, {})
+    assert versions.is_tested(version)
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.1", "0.18.2", "0.19.1", "0.20.0", "0.19.2rc1"])
@@ -26,7 +27,7 @@ def test_others_are_refused_in_one_line_with_the_tested_ones(version: str) -> No
     versions.refuse_untested(version, {"MEDLLM_UNTESTED_MCORE": "1"})
 
 
-@pytest.mark.parametrize("package", ["parallel", "models.qwen25", "train.setup", "checkpoint.state_writer"])
+@pytest.mark.parametrize("package", ["parallel", "models.gpt", "train.setup", "checkpoint.state_writer"])
 def test_it_is_refused_before_a_line_of_it_runs(package: str) -> None:
     code = f"""
 import importlib.metadata, sys

@@ -9,6 +9,10 @@ from megatron_medllm.evaluation.run_report.words import model_label, preference_
 from megatron_medllm.pages.curves import PALETTE, Chart, Line, smoothing_window
 from megatron_medllm.storage import read_jsonl
 
+_PER_TOKEN = {
+    "": (("chosen", PALETTE["blue"]), ("rejected", PALETTE["orange"])),
+    "validation_": (("chosen", PALETTE["green"]), ("rejected", PALETTE["grey"])),
+}
 _CONTROL_COLOURS = {"rpo-sft": PALETTE["green"], "rpo-dpo": PALETTE["grey"]}
 
 
@@ -33,17 +37,22 @@ def curve(rows: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[float, f
 
 def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """steps, tokens, first_loss and last_loss (means over the first and last 5 % of the logged steps, at least one),
-    validation_loss (last), tokens_per_s (median), peak_lr, skipped_steps."""
+    first_validation_loss (before the first step, where that was measured), validation_loss (last), best_validation and
+    its best_step by loss, tokens_per_s (median), peak_lr, skipped_steps."""
     losses = [value for _, value in curve(rows, "loss")]
     end = max(1, len(losses) // 20)
     validation = curve(rows, "validation_loss")
+    best = min(((value, step) for step, value in validation if step), default=(None, None))
     speed = [value for _, value in curve(rows, "tokens_per_s")]
     return {
         "steps": max(row["step"] for row in rows),
         "tokens": round(sum(value for _, value in curve(rows, "tokens"))),
         "first_loss": sum(losses[:end]) / end,
         "last_loss": sum(losses[-end:]) / end,
+        "first_validation_loss": validation[0][1] if validation and validation[0][0] == 0 else None,
         "validation_loss": validation[-1][1] if validation else None,
+        "best_validation_loss": best[0],
+        "best_validation_step": best[1],
         "tokens_per_s": median(speed) if speed else None,
         "peak_lr": max((value for _, value in curve(rows, "lr")), default=None),
         "skipped_steps": sum(value for _, value in curve(rows, "skipped")),
@@ -75,10 +84,14 @@ def _preference_charts(
     faint = _faint(curve(rows, "loss"))
     loss = [
         Line("total", blue, curve(rows, "loss")),
+        Line("total, validation", PALETTE["grey"], curve(rows, "validation_loss"), dots=True),
         Line("preference term", orange, curve(rows, "preference_loss")),
         Line("NLL of the chosen answer, per token", PALETTE["green"], curve(rows, "nll")),
     ]
-    margin = [Line(label, blue, _reward_margin(rows))]
+    margin = [
+        Line(label, blue, _reward_margin(rows)),
+        Line("validation", orange, _reward_margin(rows, "validation_"), dots=True),
+    ]
     if "rpo-dpo" in trainings:
         margin.append(_control_line("rpo-dpo", _reward_margin(trainings["rpo-dpo"])))
     logprobs = [
@@ -102,9 +115,14 @@ def _preference_charts(
         Chart(
             f"{label}: pairs ranked right",
             "Share of the step's pairs whose margin is above 0. At the first step all margins are 0 but for rounding.",
-            [Line(label, blue, curve(rows, "accuracy"))],
+            [
+                Line(label, blue, curve(rows, "accuracy")),
+                Line("validation", orange, _after_start(curve(rows, "validation_accuracy")), dots=True),
+            ],
         ),
     ]
+    if curve(rows, "validation_loss"):
+        charts.append(_per_token_chart(label, rows))
     controls = [control for control in _CONTROL_COLOURS if control in trainings]
     if controls:
         lines = [Line(label, blue, curve(rows, "chosen_logprob"))]
@@ -112,6 +130,21 @@ def _preference_charts(
         note = "Policy, on the same pairs in the same order. Without the NLL, preference training may push it down."
         charts.append(Chart("Log-probability of the chosen answers, against the controls", note, lines))
     return [_with_points(chart) for chart in charts]
+
+
+def _per_token_chart(label: str, rows: list[dict[str, Any]]) -> Chart:
+    lines = [
+        Line(f"{answer}{suffix}", colour, curve(rows, f"{prefix}{answer}_logprob_per_token"), dots=bool(prefix))
+        for prefix, suffix in (("", ""), ("validation_", ", validation"))
+        for answer, colour in _PER_TOKEN[prefix]
+    ]
+    note = "Policy, mean over an answer's tokens, then over pairs: the step's, and those of held-out questions."
+    return Chart(f"{label}: log-probability per token", note, lines)
+
+
+def _after_start(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Without step 0, where policy and reference are one and which answer is ahead is rounding."""
+    return [(step, value) for step, value in points if step]
 
 
 def _control_line(name: str, points: list[tuple[float, float]]) -> Line:
@@ -123,9 +156,9 @@ def _with_points(chart: Chart) -> Chart:
     return Chart(chart.title, chart.note, [line for line in chart.lines if line.points])
 
 
-def _reward_margin(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    rejected = dict(curve(rows, "rejected_reward"))
-    return [(step, value - rejected[step]) for step, value in curve(rows, "chosen_reward") if step in rejected]
+def _reward_margin(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> list[tuple[float, float]]:
+    rejected = dict(curve(rows, f"{prefix}rejected_reward"))
+    return [(step, value - rejected[step]) for step, value in curve(rows, f"{prefix}chosen_reward") if step in rejected]
 
 
 def _faint(points: Sequence[tuple[float, float]]) -> str:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import adam, cpu, runtime
+from megatron_medllm.versions import installed
 
 
 def run_alone(code: str) -> "subprocess.CompletedProcess[str]":
@@ -35,6 +37,24 @@ def test_an_untested_megatron_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MEDLLM_UNTESTED_MCORE", "1")
     with pytest.raises(UserError, match=r"^megatron-core 0\.18\.2 is installed, tested are 0\.16\.1 and 0\.19\.2: pip"):
         cpu.install()
+
+
+def test_the_commit_in_a_version_is_passed_over():
+    """In a folder that is a git clone Megatron-Core puts the clone's commit behind its own version."""
+    assert cpu.passed_on("0.19.2+23d5ab7") == cpu.passed_on("0.19.2") != cpu.passed_on("0.16.1+23d5ab7")
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_a_clone_makes_no_other_version(tmp_path: Path):
+    for command in ("init", "add .", "-c user.name=a -c user.email=a@b commit --allow-empty -m x"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    code = "from megatron import core; from megatron_medllm.parallel import cpu; cpu.install(); print(core.__version__)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(installed("megatron-core"))
 
 
 USED = """
