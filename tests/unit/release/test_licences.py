@@ -68,8 +68,11 @@ def test_the_hubs_name_is_told_where_it_is_sure(tmp_path: Path, folder: str, siz
 
 
 def test_qwen3_is_under_apache(tmp_path: Path) -> None:
-    directory = model(tmp_path / "q", model_type="qwen3", num_hidden_layers=36, hidden_size=2560)
-    assert base_model(directory, hub_id=None, licence=None).licence == licence_named("apache-2.0")
+    directory = model(
+        tmp_path / "Qwen3-4B-Base", model_type="qwen3", num_hidden_layers=36, hidden_size=2560, intermediate_size=9728
+    )
+    base = base_model(directory, hub_id=None, licence=None)
+    assert base.licence == licence_named("apache-2.0") and base.hub_id == "Qwen/Qwen3-4B-Base"
 
 
 def test_the_hubs_readme_says_what_no_table_knows(tmp_path: Path) -> None:
