@@ -95,7 +95,8 @@ def base_model(directory: Path, *, hub_id: str | None, licence: str | None) -> B
     published = _published(directory, found)
     told = None if licence is None else licence_named(licence)
     written = told or _card_licence(directory)
-    chosen = written or published
+    same = written is not None and published is not None and written.identifier == published.identifier
+    chosen = published if same else written or published  # ours has the link and the notice
     if published is not None and not published.is_permissive and (written is None or written.is_permissive):
         if told is not None:
             raise UserError(

@@ -153,6 +153,23 @@ def test_the_card_is_read_by_the_hubs_own_parser(finished: Path, released: Path)
     assert read_json(released / "provenance.json")["chain_digest"] in text
 
 
+def test_the_exported_steps_checkpoint_is_the_chains(copied: Path, tmp_path: Path) -> None:
+    """The best step's, not the newest; and the card says so."""
+    newest = next((copied / "rpo" / "checkpoints").iterdir())
+    best = newest.with_name("step-00000001")
+    shutil.copytree(newest, best)
+    row = {"step": 1, "ended": int(newest.name.removeprefix("step-")), "metric": "validation_loss", "value": 0.5}
+    write_json(copied / "rpo" / "exported.json", row)
+    write_release(copied, tmp_path / "best", ReleaseOptions())
+    files = read_json(tmp_path / "best" / "provenance.json")["chain"][STAGES.index("model")]["files"]
+    folders = {label.split("/")[2] for label in files if label.startswith("rpo/checkpoints/")}
+    assert folders == {"step-00000001"} and "rpo/exported.json" in files
+    assert "| exported step | – | – | 1, the best by validation_loss |" in (tmp_path / "best" / "README.md").read_text()
+    shutil.rmtree(best)  # pruned: the chain does without, and does not take another step's for it
+    write_release(copied, tmp_path / "pruned", ReleaseOptions())
+    assert "rpo/checkpoints" not in (tmp_path / "pruned" / "provenance.json").read_text()
+
+
 def test_another_stage_may_be_chosen(finished: Path, tmp_path: Path) -> None:
     target = tmp_path / "cpt"
     assert write_release(finished, target, ReleaseOptions(stage="cpt")).model == "cpt"

@@ -103,6 +103,8 @@ def test_a_fine_tune_cannot_make_a_size_freer(tmp_path: Path) -> None:
     assert licence is not None and licence.identifier == "qwen-research"
     with pytest.raises(UserError, match=r"--base-licence apache-2.0: .* under qwen-research"):
         base_model(directory, hub_id=None, licence="apache-2.0")
+    told = base_model(directory, hub_id=None, licence="qwen-research").licence
+    assert told is not None and told.link == "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE"
     stricter = model(tmp_path / "nc", "7b", card="license: cc-by-nc-4.0")
     licence = base_model(stricter, hub_id=None, licence=None).licence
     assert licence is not None and licence.identifier == "cc-by-nc-4.0"
