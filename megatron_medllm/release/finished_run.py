@@ -85,8 +85,11 @@ class FinishedRun:
         return self.place(self.config.model.path)
 
     def section(self, training: str) -> CptConfig | RpoConfig:
-        """The training's settings."""
-        found = getattr(self.config, training if training in ("base", "cpt") else "rpo")
+        """The training's settings; a control's differ from the recipe's."""
+        config = self.config
+        if training in CONTROLS:
+            config = load(self.directory / RECIPE, list(CONTROLS[training]))
+        found = getattr(config, training if training in ("base", "cpt") else "rpo")
         assert isinstance(found, CptConfig | RpoConfig)
         return found
 
