@@ -9,7 +9,12 @@ from megatron_medllm.train.step import Step
 
 # By the beginning of a metric's name. Others (lengths, the rejected answers' own numbers) are neither.
 _LOWER_IS_BETTER = ("validation_loss", "validation_perplexity", "validation_preference_loss", "validation_nll")
-_HIGHER_IS_BETTER = ("validation_accuracy", "validation_margin", "validation_chosen_logprob", "validation_chosen_reward")
+_HIGHER_IS_BETTER = (
+    "validation_accuracy",
+    "validation_margin",
+    "validation_chosen_logprob",
+    "validation_chosen_reward",
+)
 
 
 class Best:

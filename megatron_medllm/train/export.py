@@ -38,7 +38,10 @@ def export_trained(trainer: Trainer, ended: int) -> None:
     )
     if trainer.runtime.is_main:
         write_end_token(hf_dir, run, trainer.step)
-        write_json(output_dir / "exported.json", {"step": step, "ended": ended, "metric": best.metric, "value": best.value(step)})
+        write_json(
+            output_dir / "exported.json",
+            {"step": step, "ended": ended, "metric": best.metric, "value": best.value(step)},
+        )
 
 
 def load_best(trainer: Trainer, ended: int) -> int:

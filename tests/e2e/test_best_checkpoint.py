@@ -203,7 +203,9 @@ def test_a_full_disk_keeps_the_best_that_is_there(
 
 def test_a_roll_back_keeps_the_best(place: Path, tmp_path: Path, overfitted: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(LossGuard, "problem", lambda self, step, loss: "made up" if step in (13, 14) else None)
-    run = run_config(settings(place, tmp_path, checkpoint={"every_steps": 4}, guard={"roll_back_after": 2, "stop_after": 4}))
+    run = run_config(
+        settings(place, tmp_path, checkpoint={"every_steps": 4}, guard={"roll_back_after": 2, "stop_after": 4})
+    )
     with pytest.raises(UserError, match="4 steps had to be skipped"):
         train(run)
     assert "rolling back to" in caplog.text and "step-00000012" in caplog.text
@@ -224,9 +226,9 @@ def test_other_questions_held_out_are_another_run(place: Path, tmp_path: Path, o
     shutil.copytree(overfitted, tmp_path / "rpo")
     with pytest.raises(UserError, match="checkpoint of another run: held_out"):
         train(run_config(settings(place, tmp_path, validation_share=0.2)))
-    with pytest.raises(UserError, match="rpo.validation_share holds nothing out"):
+    with pytest.raises(UserError, match=r"rpo\.validation_share holds nothing out"):
         train(run_config(settings(place, tmp_path / "other", validation_share=0.0)))
-    with pytest.raises(UserError, match="checkpoint.best=validation_rejected_logprob: this run can compare"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=validation_rejected_logprob: this run can compare"):
         checkpoint = {"best": "validation_rejected_logprob"}
         train(run_config(settings(place, tmp_path / "other", checkpoint=checkpoint)))
 
