@@ -226,7 +226,7 @@ class Checkpoints:
         return next(self._verified([step for step in self.best.ranked() if step in kept]), None)
 
     def _verified(self, steps: list[int]) -> Iterator[tuple[int, Path]]:
-        """Those of the main process's `steps` whose files match their digests, each found when asked for. Collective."""
+        """Those of the main process's `steps` whose files match their digests, found one by one. Collective."""
         told = [steps]
         dist.broadcast_object_list(told, src=0)
         for step in told[0]:
