@@ -15,7 +15,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slurm fuzz certify-faults container-check coverage lint docs docs-tables release-check clean
+.PHONY: help demo test test-fast install-mcore-new test-mcore-new test-slurm fuzz certify-faults container-check coverage lint docs docs-tables release-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F '\t' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -55,6 +55,21 @@ test: $(VENV)/.installed-test ## the whole test suite (but for test-slurm)
 
 test-fast: $(VENV)/.installed-test ## unit tests only, without the slow ones: a minute and a half on two cores
 	$(PYTEST) -q -m "not slow" -n 2 --dist worksteal tests/unit $(PYTEST_ARGS)
+
+# The other Megatron-Core (megatron_medllm/versions.py), on a newer Python, in an environment of its own. It holds torch's
+# CUDA build where pip finds no other: 3 GB to download, 6 GiB on the disk.
+NEW_PYTHON ?= python3.12
+NEW_VENV   ?= .venv-312
+NEW_TESTS  := tests/unit/parallel tests/unit/models tests/unit/checkpoint tests/unit/train tests/unit/test_versions.py \
+  $(addprefix tests/dist/test_,$(addsuffix .py,conversion saves model_layouts adapter_layouts overlaps rpo_layouts \
+  context_parallel logprob_tp lone_ranks)) \
+  $(addprefix tests/e2e/test_,$(addsuffix .py,megatron_versions train_cpt cpt_gradients rpo_gradients pipeline))
+
+install-mcore-new:
+	@MEDLLM_NEEDED_GIB=8 $(MAKE) --no-print-directory VENV=$(NEW_VENV) PYTHON=$(NEW_PYTHON) $(NEW_VENV)/.installed-test
+
+test-mcore-new: $(VENV)/.installed-test install-mcore-new ## the newest Megatron-Core on Python 3.12: parallel, models, checkpoint, train, dist, the demo
+	MEDLLM_OTHER_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(NEW_VENV)/bin/python -m pytest -m "not slurm" -n 2 --dist loadfile $(NEW_TESTS) $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-test ## the batch jobs on a local Slurm (Debian's slurm-wlm; needs root to install it)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
@@ -102,4 +117,4 @@ release-check: ## build the wheel, install it into an environment of its own and
 	PYTHON=$(PYTHON) tools/check_release.sh
 
 clean: ## remove the environment, runs and everything built
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEW_VENV) runs build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Qwen2.5 on Megatron-Core: Japanese medical continued pretraining, then Reasoning Preference Optimization."""
+"""Qwen2.5 and Qwen3 on Megatron-Core: Japanese medical continued pretraining, then preference optimization (RPO)."""
 
 import warnings
 

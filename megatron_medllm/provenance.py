@@ -26,9 +26,25 @@ def environment() -> dict[str, Any]:
         "machine": {
             "platform": platform.platform(),
             "cores": os.cpu_count(),
+            "gpus": gpu_names(),
             "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
     }
+
+
+def gpu_names() -> list[str]:
+    """This machine's GPUs by NVIDIA's driver; none where it has no tool. (torch, seconds to import, is not asked.)"""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
 
 def package_versions(distributions: Iterable[str]) -> dict[str, str | None]:

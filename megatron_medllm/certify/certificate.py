@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _FREE = {
     *("data", "train_tokens", "epochs", "pairs", "reference", "log_every_steps", "validate_every_steps"),
     *("validation_batches", "wandb_project", "guard", "filters", "batch_ramp_steps", "sequence_length"),
-    *("global_batch_size", "template", "mask_patterns", "too_long", "loss_after"),
+    *("global_batch_size", "template", "thinking", "mask_patterns", "too_long", "loss_after"),
     *("validate_at_start", "validation_share"),
 }
 

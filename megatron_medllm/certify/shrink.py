@@ -150,6 +150,8 @@ def shrink_shape(shape: ModelShape, layout: LayoutConfig, folded: LayoutConfig, 
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_query_groups": groups,
+            # Where heads have a width of their own, theirs is not hidden_size / heads here either.
+            "head_dim": None if shape.head_dim is None else 2 * width,
             "ffn_hidden_size": ffn,
             "vocab_size": vocab,
             "max_position_embeddings": 2048,

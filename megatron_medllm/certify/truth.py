@@ -32,11 +32,11 @@ def compute_truth(run: RunConfig, start: Path, out: Path) -> None:
         start: what one process recorded: which rows each step consumed, and the adapter as it began.
         out: folder of the result.
     """
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     assert run.model.path is not None
     recorded = torch.load(start)
-    model = Qwen2ForCausalLM.from_pretrained(run.model.path, dtype=torch.float64, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float64, attn_implementation="sdpa")
     model.train()
     config = run.stage_config()
     shape = run.model.resolve_shape()

@@ -54,7 +54,7 @@ def _adapter_half(name: str, parts: list[Tensor], shape: ModelShape) -> dict[str
     if half == "lora_a":
         if split == "column":
             return {name: parts[0]}
-        width = shape.ffn_hidden_size if "linear_fc2" in layer else shape.hidden_size
+        width = shape.ffn_hidden_size if "linear_fc2" in layer else shape.query_width
         return {name: torch.cat(parts, dim=1)[:, :width]}
     if split == "row":
         return {f"{layer}|{weight.hf[0]}.lora_b": parts[0]}

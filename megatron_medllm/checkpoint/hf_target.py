@@ -21,6 +21,7 @@ from megatron_medllm.checkpoint.safetensors_file import (
 from megatron_medllm.checkpoint.weight_source import WeightSource
 from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME
 from megatron_medllm.config.model import ModelShape
+from megatron_medllm.config.rope import HFRope
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import full_disk_error, read_json, write_json
 
@@ -151,17 +152,25 @@ def copy_carried_files(source_dir: Path, target_dir: Path) -> None:
 
 
 def hf_config(shape: ModelShape, dtype: torch.dtype, source_dir: Path | None) -> dict[str, Any]:
-    """A Qwen2 config.json in transformers 4's spelling, which 5 reads too.
+    """The family's config.json in transformers 4's spelling, which 5 reads too.
 
     Settings that do not concern the weights (special token ids and the like) come from `source_dir`/config.json.
     """
     source_path = source_dir / "config.json" if source_dir else None
     config = read_json(source_path) if source_path and source_path.exists() else {}
-    for spelled_otherwise in ("rope_parameters", "rope_scaling", "dtype", "layer_types"):
-        config.pop(spelled_otherwise, None)
+    source_scaling = config.get("rope_scaling")
+    spelled_otherwise = ("rope_parameters", "rope_scaling", "dtype", "layer_types")
+    for name in (*spelled_otherwise, "head_dim", "attention_bias"):  # the last two: another family's
+        config.pop(name, None)
+    if not shape.traits.qkv_bias:
+        config["attention_bias"] = False
+    if shape.head_dim is not None:
+        config["head_dim"] = shape.head_dim
+    if shape.yarn is not None:
+        config["rope_scaling"] = _rope_scaling(shape, source_scaling)
     return config | {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [shape.traits.architecture],
+        "model_type": shape.traits.model_type,
         "hidden_act": "silu",
         "num_hidden_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -176,6 +185,18 @@ def hf_config(shape: ModelShape, dtype: torch.dtype, source_dir: Path | None) ->
         "use_sliding_window": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _rope_scaling(shape: ModelShape, source: Any) -> dict[str, Any]:
+    """YaRN's settings as the source spells them, where it does and means the same."""
+    assert shape.yarn is not None
+    if isinstance(source, dict):
+        try:
+            if HFRope.read(source, context=shape.max_position_embeddings).yarn == shape.yarn:
+                return source
+        except ValueError:
+            pass  # another model's, which the shape does not come from
+    return {"rope_type": "yarn", **shape.yarn.model_dump()}
 
 
 def partial_dir(final: Path) -> Path:

@@ -6,7 +6,8 @@ key/value group, its key head and its value head; `linear_fc1` holds gate and up
 blocks on its own. Every reader and writer of weights works from `local_pieces`, so they cannot disagree.
 
 Names are Transformer Engine's (a norm belongs to the linear behind it), as in Megatron-Core's distributed checkpoints;
-`TORCH_BACKEND_NAMES` maps the spelling of models built from separate norms.
+`TORCH_BACKEND_NAMES` maps the spelling of models built from separate norms. The table holds the rows of all model
+families; `layer_weights` leaves out those that a family lacks.
 """
 
 import re
@@ -57,10 +58,14 @@ def _layer(mcore: str, *hf: str, axis: Literal[0, 1] | None, fuse: Literal["qkv"
 EMBEDDING = Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), axis=0, may_pad=True)
 OUTPUT = Weight("output_layer.weight", ("lm_head.weight",), axis=0, may_pad=True)
 FINAL_NORM = Weight("decoder.final_layernorm.weight", ("model.norm.weight",), axis=None)
-LAYER_WEIGHTS = (
+_QKV_BIAS = "self_attention.linear_qkv.bias"
+_HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+_LAYER_WEIGHTS = (
     _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", axis=None),
     _layer("self_attention.linear_qkv.weight", *(f"self_attn.{p}_proj.weight" for p in "qkv"), axis=0, fuse="qkv"),
-    _layer("self_attention.linear_qkv.bias", *(f"self_attn.{p}_proj.bias" for p in "qkv"), axis=0, fuse="qkv"),
+    _layer(_QKV_BIAS, *(f"self_attn.{p}_proj.bias" for p in "qkv"), axis=0, fuse="qkv"),
+    _layer(_HEAD_NORMS[0], "self_attn.q_norm.weight", axis=None),
+    _layer(_HEAD_NORMS[1], "self_attn.k_norm.weight", axis=None),
     _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", axis=1),
     _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", axis=None),
     _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", axis=0, fuse="gate_up"),
@@ -70,16 +75,22 @@ TORCH_BACKEND_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-_BY_LAYER_NAME = {weight.mcore.removeprefix(f"{LAYER_PREFIX}{{layer}}."): weight for weight in LAYER_WEIGHTS}
+_BY_LAYER_NAME = {weight.mcore.removeprefix(f"{LAYER_PREFIX}{{layer}}."): weight for weight in _LAYER_WEIGHTS}
 _BY_NAME = {weight.mcore: weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT)}
 LAYER_NAME = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+
+
+def layer_weights(shape: ModelShape) -> dict[str, Weight]:
+    """The table's rows for a layer of this model's family, by their names within the layer."""
+    absent = {*(() if shape.traits.qkv_bias else (_QKV_BIAS,)), *(() if shape.traits.qk_norm else _HEAD_NORMS)}
+    return {name: weight for name, weight in _BY_LAYER_NAME.items() if name not in absent}
 
 
 def model_weights(shape: ModelShape) -> Iterator[Weight]:
     """Every tensor of the whole model once, in the order of the forward pass."""
     yield EMBEDDING
     for layer in range(shape.num_layers):
-        yield from (weight.at_layer(layer) for weight in LAYER_WEIGHTS)
+        yield from (weight.at_layer(layer) for weight in layer_weights(shape).values())
     yield FINAL_NORM
     if not shape.tie_embeddings:
         yield OUTPUT
@@ -96,7 +107,7 @@ def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
     match = LAYER_NAME.fullmatch(name)
     if match:
         rest = TORCH_BACKEND_NAMES.get(match["rest"], match["rest"])
-        row = _BY_LAYER_NAME.get(rest)
+        row = layer_weights(shape).get(rest)
         return row and row.at_layer(int(match["layer"]))
     if name == OUTPUT.mcore and shape.tie_embeddings:
         return replace(OUTPUT, hf=EMBEDDING.hf)
@@ -124,22 +135,24 @@ def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The shape of one HF tensor.
 
     Raises:
-        KeyError: `name` is no tensor of a Qwen2 model.
+        KeyError: `name` is no tensor of any family's models.
     """
-    hidden, ffn, kv = shape.hidden_size, shape.ffn_hidden_size, shape.num_query_groups * shape.kv_channels
+    hidden, ffn, query, kv = shape.hidden_size, shape.ffn_hidden_size, shape.query_width, shape.kv_width
     by_suffix: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (shape.vocab_size, hidden),
         "lm_head.weight": (shape.vocab_size, hidden),
         "norm.weight": (hidden,),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "q_proj.weight": (hidden, hidden),
-        "q_proj.bias": (hidden,),
+        "q_proj.weight": (query, hidden),
+        "q_proj.bias": (query,),
         "k_proj.weight": (kv, hidden),
         "k_proj.bias": (kv,),
         "v_proj.weight": (kv, hidden),
         "v_proj.bias": (kv,),
-        "o_proj.weight": (hidden, hidden),
+        "o_proj.weight": (hidden, query),
+        "q_norm.weight": (shape.kv_channels,),
+        "k_norm.weight": (shape.kv_channels,),
         "gate_proj.weight": (ffn, hidden),
         "up_proj.weight": (ffn, hidden),
         "down_proj.weight": (hidden, ffn),

@@ -14,6 +14,7 @@ from megatron_medllm.checkpoint.adapter_merge import SPELLINGS, AdapterReader
 from megatron_medllm.checkpoint.description import stored_adapter
 from megatron_medllm.checkpoint.foreign.archive import Settings
 from megatron_medllm.checkpoint.foreign.dist import DistTensors
+from megatron_medllm.checkpoint.foreign.family import has_head_norms
 from megatron_medllm.checkpoint.foreign.legacy import LegacyTensors
 from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.names import EMBEDDING
@@ -90,6 +91,7 @@ def open_checkpoint(path: Path, source_dir: Path | None = None, *, base_dir: Pat
     _check_arguments(place, tensors, shape)
     adapter = _adapter(place, tensors)
     if adapter is None:
+        _check_family(place, tensors, shape)
         shape = _with_head_as_stored(place, tensors, shape, asked=source_dir is not None)
     return OpenCheckpoint(place, shape, tensors, adapter)
 
@@ -111,13 +113,25 @@ def open_weights(path: Path, shape: ModelShape) -> WeightSource:
     _check_arguments(place, tensors, shape)
     if _adapter(place, tensors) is not None:
         raise UserError(f"{path}: holds an adapter only; export it, merged into its base, and take that")
+    _check_family(place, tensors, shape)
     weights = MegatronWeights(tensors, shape)
     weights.refuse_other_head()
     return weights
 
 
+def _check_family(place: MegatronDir, tensors: MegatronTensors, shape: ModelShape) -> None:
+    """Refuse a model whose head norms would be left out, or would be missing."""
+    if has_head_norms(tensors.names) != shape.traits.qk_norm:
+        has = "has" if has_head_norms(tensors.names) else "lacks"
+        raise UserError(f"{place.weights}: {has} norms on queries and keys, unlike the source's {shape.traits.name}")
+
+
 def _tensors(place: MegatronDir) -> MegatronTensors:
-    return LegacyTensors(place.weights) if place.is_legacy else DistTensors(TorchDistReader(place.weights))
+    return (
+        LegacyTensors(place.weights)
+        if place.is_legacy
+        else DistTensors(TorchDistReader(place.weights), ours=place.writer == "medllm")
+    )
 
 
 def _check_arguments(place: MegatronDir, tensors: MegatronTensors, shape: ModelShape) -> None:

@@ -15,6 +15,7 @@ from megatron_medllm.cli.bench import bench_app
 from megatron_medllm.cli.corpus import corpus_app
 from megatron_medllm.cli.examples import examples
 from megatron_medllm.cli.exams import eval_app
+from megatron_medllm.cli.release import release_app
 from megatron_medllm.errors import USER_ERROR_EXIT_CODE, UserError
 
 app = typer.Typer(
@@ -22,12 +23,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Qwen2.5 on Megatron-Core: Japanese medical continued pretraining, then preference optimization. "
+    help="Qwen2.5 and Qwen3 on Megatron-Core: Japanese medical continued pretraining, then preference optimization. "
     "Every command takes a YAML file and key=value overrides, e.g. cpt.optimizer.lr=1e-5.",
 )
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.add_typer(release_app, name="release")
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "pipeline": recipe.pipeline,

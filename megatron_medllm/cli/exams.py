@@ -2,23 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from megatron_medllm.cli.options import Config, Overrides, load_recipe, print_text
+from megatron_medllm.cli.options import Config, DefaultCommand, Overrides, load_recipe, print_text
 from megatron_medllm.cli.shards import MergeOption, Part, ShardOption
 from megatron_medllm.errors import UserError
 
 
-class DefaultToRun(TyperGroup):
+class DefaultToRun(DefaultCommand):
     """`medllm eval CONFIG` means `medllm eval run CONFIG`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+    default = "run"
 
 
 eval_app = typer.Typer(

@@ -1,8 +1,18 @@
 """What every section of the configuration shares: frozen, strict about unknown keys; and what is wrong, in one line."""
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 _LONGEST_VALUE = 80  # characters of a wrong value that a message repeats
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads a bare on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class Section(BaseModel):

@@ -67,7 +67,7 @@ class SourceConfig(Section):
     weight: float | None = Field(default=None, gt=0, description="share in the blend; default: by its tokens")
     replay: bool = Field(default=False, description="general text, whose blend share is `replay_share`")
     priority: int = Field(default=0, description="of copies, `keep` prefers the higher")
-    licence: str = Field(default="", description="a note for the manifest")
+    licence: str = Field(default="", description="of the text, for the manifest and the model card")
     clean: CleanConfig = CleanConfig()
 
     @field_validator("encoding")

@@ -5,9 +5,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, Switch
 from megatron_medllm.config.cluster import Seconds
 
+# The variable of Qwen3's chat template that tells whether the model may think before it answers.
+THINKING_SWITCH = "enable_thinking"
 ModeName = Literal["answer_only", "explained"]
 
 
@@ -32,6 +34,17 @@ class PromptConfig(Section):
     explain_shots: bool = Field(default=True, description="explained mode: the worked examples explain too")
     reveal_count: bool = Field(default=True, description="tell how many choices are right, as the official prompt does")
     chat: bool = Field(default=False, description="use the tokenizer's chat template (Instruct models)")
+    thinking: Switch = Field(
+        default="auto",
+        description="chat: the template's switch for thinking first (Qwen3's enable_thinking); "
+        "auto: the template's own default",
+    )
+
+    @model_validator(mode="after")
+    def _thinks_in_chat(self) -> "PromptConfig":
+        if self.thinking != "auto" and not self.chat:
+            raise ValueError(f"thinking={self.thinking} is a chat template's switch: set chat=true")
+        return self
 
 
 class EngineConfig(Section):

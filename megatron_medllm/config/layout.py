@@ -4,11 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, Switch
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
-
-Switch = Literal["auto", "on", "off"]
 
 
 class LayoutConfig(Section):

@@ -97,6 +97,8 @@ def megatron_shape(place: MegatronDir, source: ModelShape | None = None) -> Mode
     raw = _read(place.config).get(section)
     if not isinstance(raw, dict):
         raise UserError(f"{place.config}: no section {section!r}")
+    if isinstance(nested := raw.get("transformer"), dict):  # Bridge's configurations for model builders
+        raw = nested | raw
     where = f"{place.config}: {section}"
     check_computation(where, raw)
     if source is not None:

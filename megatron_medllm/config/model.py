@@ -1,4 +1,4 @@
-"""Which Qwen2.5 is trained: the published sizes, a miniature, or whatever an HF directory's `config.json` says."""
+"""Which model is trained: a published size, a miniature, or whatever an HF directory's `config.json` says."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,51 +14,36 @@ from pydantic import (
 )
 
 from megatron_medllm.config.base import Section, first_problem
+from megatron_medllm.config.families import FAMILIES
+from megatron_medllm.config.families.family import Family, Size
 from megatron_medllm.config.megatron_dirs import find_megatron
 from megatron_medllm.config.megatron_yaml import megatron_shape
+from megatron_medllm.config.rope import HFRope, Positive, Yarn
 from megatron_medllm.config.shape import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
-_Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
-def _shape(
-    layers: int,
-    hidden: int,
-    heads: int,
-    groups: int,
-    ffn: int,
-    vocab: int,
-    *,
-    tied: bool,
-    eps: float = 1e-6,
-    rotary_base: float = 1e6,
-) -> ModelShape:
+def _shape(size: Size, family: Family) -> ModelShape:
     return ModelShape(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        ffn_hidden_size=ffn,
-        vocab_size=vocab,
-        tie_embeddings=tied,
-        layernorm_epsilon=eps,
-        rotary_base=rotary_base,
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        num_query_groups=size.kv_heads,
+        ffn_hidden_size=size.ffn,
+        vocab_size=size.vocab,
+        tie_embeddings=size.tied,
+        layernorm_epsilon=size.epsilon,
+        rotary_base=size.rotary_base,
+        max_position_embeddings=size.max_positions,
+        family=family.model_type,
     )
 
 
-# From the published config.json of each Qwen/Qwen2.5-* base model. `mini` is the miniature world's own.
 SIZES: dict[str, ModelShape] = {
-    "mini": _shape(2, 64, 4, 2, 192, 1024, tied=True, rotary_base=1e4),
-    "0.5b": _shape(24, 896, 14, 2, 4864, 151936, tied=True),
-    "1.5b": _shape(28, 1536, 12, 2, 8960, 151936, tied=True),
-    "3b": _shape(36, 2048, 16, 2, 11008, 151936, tied=True),
-    "7b": _shape(28, 3584, 28, 4, 18944, 152064, tied=False),
-    "14b": _shape(48, 5120, 40, 8, 13824, 152064, tied=False, eps=1e-5),
-    "32b": _shape(64, 5120, 40, 8, 27648, 152064, tied=False, eps=1e-5),
-    "72b": _shape(80, 8192, 64, 8, 29568, 152064, tied=False, eps=1e-5),
+    name: _shape(size, family) for family in FAMILIES.values() for name, size in family.sizes.items()
 }
 
 
@@ -120,21 +105,8 @@ class ModelConfig(Section):
         return self.path if place is None else self.source or place.tokenizer
 
 
-class _Rope(BaseModel):
-    """RoPE in a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
-
-    rope_type: StrictStr | None = None
-    type: StrictStr | None = None
-    rope_theta: _Positive | None = None
-    partial_rotary_factor: Annotated[float, Field(strict=True)] | None = None
-
-    def kind(self) -> str:
-        """Transformers' name of it."""
-        return self.rope_type or self.type or "default"
-
-
 class _HFConfig(BaseModel):
-    """What a Qwen2 config.json says about the computation, with its own names and types. Nothing is converted."""
+    """What a config.json says about the computation, with its own names and types. Nothing is converted."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -147,37 +119,39 @@ class _HFConfig(BaseModel):
     intermediate_size: _Count
     vocab_size: _Count
     max_position_embeddings: _Count = 32768
-    rms_norm_eps: _Positive = 1e-6
+    rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: StrictBool = False
     hidden_act: StrictStr = "silu"
     attention_dropout: Annotated[float, Field(strict=True)] = 0.0
-    attention_bias: StrictBool = True
+    attention_bias: StrictBool | None = None
     mlp_bias: StrictBool = False
     is_causal: StrictBool = True
     use_sliding_window: StrictBool | None = False
     layer_types: list[StrictStr] | None = None
-    rope_theta: _Positive | None = None
+    rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: Annotated[float, Field(strict=True)] | None = None
     quantization_config: dict[str, Any] | None = None
 
-    def unsupported(self) -> str | None:
-        """What this model computes that Qwen2.5 does not, if anything."""
-        whole = self.hidden_size // self.num_attention_heads
+    def unsupported(self, family: Family) -> str | None:
+        """What this model computes that its family, as it is trained here, does not; None: nothing."""
+        name, whole = family.name, self.hidden_size // self.num_attention_heads
         kinds = self.layer_types
         other = next((kind for kind in kinds or () if kind != "full_attention"), None)
+        bias = self.attention_bias
         checks: tuple[tuple[Any, str], ...] = (
             (self.use_sliding_window, "use_sliding_window is true; sliding-window attention is not supported"),
             (other is not None, f"layer_types holds {other!r}; only full_attention is supported"),
             (kinds is not None and len(kinds) != self.num_hidden_layers, "layer_types has not one entry a layer"),
-            (self.hidden_act != "silu", f"hidden_act is {self.hidden_act!r}; Qwen2.5 uses 'silu'"),
+            (self.hidden_act != "silu", f"hidden_act is {self.hidden_act!r}; {name} uses 'silu'"),
             (
-                self.head_dim not in (None, whole),
-                f"head_dim is {self.head_dim}; Qwen2.5 has hidden_size / heads, {whole}",
+                family.head_dim is None and self.head_dim not in (None, whole),
+                f"head_dim is {self.head_dim}; {name} has hidden_size / heads, {whole}",
             ),
-            (not self.attention_bias, "attention_bias is false; Qwen2.5 has biases on q, k and v"),
-            (self.mlp_bias, "mlp_bias is true; Qwen2.5 has none"),
+            (bias is False and family.qkv_bias, f"attention_bias is false; {name} has biases on q, k and v"),
+            (bias is True and not family.qkv_bias, f"attention_bias is true; {name} has no biases"),
+            (self.mlp_bias, f"mlp_bias is true; {name} has none"),
             (not self.is_causal, "is_causal is false; this package trains causal models only"),
             (
                 self.attention_dropout,
@@ -185,40 +159,27 @@ class _HFConfig(BaseModel):
             ),
             (
                 self.partial_rotary_factor not in (None, 1.0),
-                "partial_rotary_factor is not 1; Qwen2.5 rotates whole heads",
+                f"partial_rotary_factor is not 1; {name} rotates whole heads",
             ),
             (self.quantization_config, "quantization_config is there; take the directory of the unquantized model"),
         )
         return next((why for refused, why in checks if refused), None)
 
-    def rotary_base(self) -> float:
-        """RoPE's base, as transformers reads it.
+    def rope(self) -> tuple[float, Yarn | None]:
+        """RoPE's base and scaling, as transformers reads them.
 
         Raises:
-            ValueError: RoPE is scaled, or two places contradict each other.
+            ValueError: RoPE is scaled in a way that is not computed here, or two places contradict each other.
         """
-        given = [_rope(value) for value in (self.rope_scaling, self.rope_parameters) if value]
-        kinds = {rope.kind() for rope in given}
-        if kinds - {"default"}:
-            kind = min(kinds - {"default"})
-            raise ValueError(f"RoPE type {kind!r} is not supported; train with the base model's default RoPE")
-        if any(rope.partial_rotary_factor not in (None, 1.0) for rope in given):
-            raise ValueError("partial_rotary_factor is not 1; Qwen2.5 rotates whole heads")
+        context = self.max_position_embeddings
+        given = [HFRope.read(value, context=context) for value in (self.rope_scaling, self.rope_parameters) if value]
+        if len({rope.yarn for rope in given}) > 1:
+            raise ValueError("rope_scaling and rope_parameters scale RoPE differently")
         places = (self.rope_theta, *(rope.rope_theta for rope in given))
         bases = sorted({float(base) for base in places if base is not None})
         if len(bases) > 1:
             raise ValueError(f"rope_theta is given twice, as {' and '.join(map(str, bases))}")
-        return bases[0] if bases else 10_000.0
-
-
-def _rope(value: dict[str, Any]) -> _Rope:
-    """RoPE's settings; transformers 5 may nest them by kind of layer."""
-    nested = {name: part for name, part in value.items() if name.endswith("_attention") and part is not None}
-    if set(nested) - {"full_attention"}:
-        raise ValueError(f"RoPE for {min(set(nested) - {'full_attention'})!r} is not supported")
-    if nested and not isinstance(nested["full_attention"], dict):
-        raise ValueError("RoPE's 'full_attention' is no JSON object")
-    return _Rope.model_validate({**value, **nested.get("full_attention", {})})
+        return bases[0] if bases else 10_000.0, given[0].yarn if given else None
 
 
 def shape_from_hf_config(hf_dir: Path) -> ModelShape:
@@ -227,20 +188,23 @@ def shape_from_hf_config(hf_dir: Path) -> ModelShape:
     Settings that no field here names (token ids, dtype, versions) do not change what the weights compute.
 
     Raises:
-        UserError: the file is missing, is not a Qwen2 model, computes what Qwen2.5 does not (a sliding window, scaled
-            RoPE and the like), lacks a field, or holds a value of the wrong type.
+        UserError: the file is missing, is of no family known here, computes what its family does not (a sliding
+            window, RoPE scaled otherwise than by YaRN and the like), lacks a field, or a value is of the wrong type.
     """
     path = hf_dir / "config.json"
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    if raw.get("model_type") != "qwen2":
-        found = raw.get("model_type")
-        raise UserError(f"{path}: model_type is {str(found)[:80]!r}; this package trains 'qwen2' (Qwen2.5) only")
+    found = raw.get("model_type")
+    family = FAMILIES.get(found) if isinstance(found, str) else None
+    if family is None:
+        known = ", ".join(f"{each.model_type!r} ({each.name})" for each in FAMILIES.values())
+        raise UserError(f"{path}: model_type is {str(found)[:80]!r}; this package trains {known} only")
     try:
         config = _HFConfig.model_validate(raw)
-        if (why := config.unsupported()) is not None:
+        if (why := config.unsupported(family)) is not None:
             raise UserError(f"{path}: {why}")
+        rotary_base, yarn = config.rope()
         return ModelShape(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -250,8 +214,11 @@ def shape_from_hf_config(hf_dir: Path) -> ModelShape:
             vocab_size=config.vocab_size,
             tie_embeddings=config.tie_word_embeddings,
             layernorm_epsilon=config.rms_norm_eps,
-            rotary_base=config.rotary_base(),
+            rotary_base=rotary_base,
             max_position_embeddings=config.max_position_embeddings,
+            family=family.model_type,
+            head_dim=config.head_dim if family.head_dim is not None else None,
+            yarn=yarn,
         )
     except ValidationError as error:
         first = error.errors()[0]

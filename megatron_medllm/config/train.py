@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_medllm.config.base import Section
+from megatron_medllm.config.base import Section, Switch
 from megatron_medllm.config.cluster import Seconds
 
 # Scales per block of 128 (the torch backend's own and Transformer Engine's), of earlier steps, or of the whole tensor.
@@ -236,6 +236,9 @@ class RpoConfig(TrainConfig):
     loss: RpoLossConfig = RpoLossConfig()
     share_prompt: bool = Field(default=True, description="chosen and rejected behind one copy of their prompt")
     template: str = Field(default="plain", description="plain: prompt + response; chat: the tokenizer's chat template")
+    thinking: Switch = Field(
+        default="auto", description="chat: the template's switch for thinking (Qwen3); auto: the template's default"
+    )
     add_eos: bool = Field(default=True, description="responses end with the tokenizer's eos")
     mask_patterns: tuple[str, ...] = Field(default=(), description="regexes of response text left out of the DPO term")
     too_long: Literal["drop", "cut_prompt"] = "drop"

@@ -12,6 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
 from megatron_medllm.account import Account
+from megatron_medllm.config.base import Switch
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.pair_file import Message, PairText, read_pairs
 from megatron_medllm.errors import UserError
@@ -137,6 +138,8 @@ class _Encoder:
         path = tokenizer_dir / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path}: no such file; the model's directory must hold its tokenizer")
+        if config.thinking != "auto" and config.template != "chat":
+            raise UserError(f"rpo.thinking={config.thinking} is a chat template's switch: set rpo.template=chat")
         if config.template not in ("plain", "chat"):
             raise UserError(f"rpo.template={config.template!r}: expected 'plain' or 'chat'")
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -144,7 +147,9 @@ class _Encoder:
         self._template: Callable[[list[Message]], str] | None = None
         self._end: list[int] = []
         if config.template == "chat":
-            self._template, end_of_turn = _chat_template(tokenizer_dir, needs_end=config.add_eos)
+            self._template, end_of_turn = _chat_template(
+                tokenizer_dir, needs_end=config.add_eos, thinking=config.thinking
+            )
             self._end = self._ids(end_of_turn) if config.add_eos else []
         elif config.add_eos:
             self._end = [_eos_id(tokenizer_dir)]
@@ -197,7 +202,9 @@ def _compile(pattern: str) -> re.Pattern:
         raise UserError(f"rpo.mask_patterns: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _chat_template(tokenizer_dir: Path, *, needs_end: bool) -> tuple[Callable[[list[Message]], str], str]:
+def _chat_template(
+    tokenizer_dir: Path, *, needs_end: bool, thinking: Switch
+) -> tuple[Callable[[list[Message]], str], str]:
     """The template as a function of a prompt's messages, and what it writes behind an answer."""
     # transformers is slow to import
     from megatron_medllm.data.tokenizer import apply_template, end_of_turn, load_tokenizer
@@ -207,7 +214,7 @@ def _chat_template(tokenizer_dir: Path, *, needs_end: bool) -> tuple[Callable[[l
         raise UserError(f"{tokenizer_dir}: rpo.template=chat, but the tokenizer has no chat template")
 
     def render(turns: list[Message]) -> str:
-        return apply_template(chat, turns, directory=tokenizer_dir)
+        return apply_template(chat, turns, directory=tokenizer_dir, thinking=thinking)
 
     end = end_of_turn(chat, directory=tokenizer_dir) if needs_end else ""
     if needs_end and not end:

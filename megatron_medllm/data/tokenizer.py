@@ -1,10 +1,13 @@
 """The tokenizer of a model directory, exactly as its tokenizer.json says."""
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from megatron_medllm.config.base import Switch
+from megatron_medllm.config.exam import THINKING_SWITCH
 from megatron_medllm.errors import UserError
 
 
@@ -25,14 +28,26 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 _ANSWER = "answer-7f3a"  # a text that no template holds
 
 
-def apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], *, directory: Path) -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: list[dict[str, str]],
+    *,
+    directory: Path,
+    thinking: Switch = "auto",
+) -> str:
     """The prompt that the chat template makes of `turns`, up to where the answer begins.
 
+    Args:
+        thinking: Qwen3's switch; auto leaves it to the template.
+
     Raises:
-        UserError: the template refuses the turns.
+        UserError: the template refuses the turns, or has no such switch.
     """
+    if thinking != "auto" and THINKING_SWITCH not in str(tokenizer.chat_template):
+        raise UserError(f"{directory}: thinking={thinking}, but the chat template has no switch `{THINKING_SWITCH}`")
+    switch: dict[str, Any] = {} if thinking == "auto" else {THINKING_SWITCH: thinking == "on"}
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch))
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{directory}: the chat template cannot be used ({error})") from None
 

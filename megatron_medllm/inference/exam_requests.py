@@ -67,6 +67,7 @@ class ExamPrompter:
             top_p=decoding.top_p,
             seed=request_seed(decoding.seed, request_id),
             stop=decoding.stop,
+            thinking=self._config.thinking,
             # A chat model ends its turn itself, and may lead up to a short answer with a line of its own.
             ends_as=None if self._config.chat and mode == "answer_only" else mode,
         )

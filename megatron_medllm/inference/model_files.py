@@ -3,12 +3,14 @@
 import hashlib
 from pathlib import Path
 
+from megatron_medllm.config.exam import THINKING_SWITCH
 from megatron_medllm.config.hf_files import INDEX_NAME, SINGLE_NAME, weight_files
 from megatron_medllm.errors import UserError
 
 _WHOLE_BYTES = 256 * 2**20
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 64
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -31,6 +33,17 @@ def check_model_dir(model_dir: Path) -> None:
                 raise UserError(f"{path}: no such file, though {INDEX_NAME} names it")
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{model_dir}: holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy the base model's there")
+
+
+def require_thinking_switch(model_dir: Path) -> None:
+    """Refuse a model whose chat template would pass over the switch for thinking.
+
+    Raises:
+        UserError: no file of a chat template has it.
+    """
+    files = [model_dir / name for name in _TEMPLATE_FILES]
+    if not any(THINKING_SWITCH in path.read_text(encoding="utf-8") for path in files if path.is_file()):
+        raise UserError(f"{model_dir}: prompt.thinking is set, but the chat template has no switch `{THINKING_SWITCH}`")
 
 
 def model_digest(model_dir: Path) -> str:

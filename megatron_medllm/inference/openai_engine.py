@@ -64,6 +64,8 @@ class OpenAIEngine:
         }
         if stop:
             body["stop"] = list(stop)
+        if request.messages and request.thinking != "auto":  # as vLLM and SGLang take it
+            body["chat_template_kwargs"] = {"enable_thinking": request.thinking == "on"}
         if request.messages:
             answer = self._post("/chat/completions", body | {"messages": list(request.messages)}, request.request_id)
         else:

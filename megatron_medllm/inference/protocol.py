@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+from megatron_medllm.config.base import Switch
 from megatron_medllm.exams.ending import answer_end
 from megatron_medllm.exams.prompts import Mode
 
@@ -16,8 +17,9 @@ class Request:
     """One text to continue. `prompt` is plain text; `messages`, when given, go through the model's chat template.
 
     A request with a temperature draws from its own `seed`: its answer does not depend on what else is in the batch.
-    `ends_as` says which kind of exam answer is awaited: the text ends where such an answer is complete, for a base
-    model does not stop there by itself. None: the text ends at `stop`, end-of-text or `max_new_tokens` alone.
+    `thinking` is that template's switch. `ends_as` says which kind of exam answer is awaited: the text ends where such
+    an answer is complete, for a base model does not stop there by itself. None: the text ends at `stop`, end-of-text or
+    `max_new_tokens` alone.
     """
 
     request_id: str
@@ -29,10 +31,14 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ends_as: Mode | None = None
+    thinking: Switch = "auto"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON. A switch that is left alone is not written: answers are kept under what was asked."""
+        row = asdict(self)
+        if self.thinking == "auto":
+            del row["thinking"]
+        return row
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class TransformersEngine:
         # transformers renamed it in 5.24 and warns of the old name.
         parameters = inspect.signature(self._model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._context = getattr(self._model.config, "max_position_embeddings", None)
+        self._context = _context_length(self._model.config)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
@@ -85,7 +85,10 @@ class TransformersEngine:
             raise UserError("prompt.chat is set, but the model's tokenizer has no chat template; set prompt.chat=false")
         if chat:
             self._end_turns()
-        templated = [apply_template(self.tokenizer, list(r.messages), directory=self._directory) for r in chat]
+        templated = [
+            apply_template(self.tokenizer, list(r.messages), directory=self._directory, thinking=r.thinking)
+            for r in chat
+        ]
         plain = [request.prompt for request in requests if not request.messages]
         chat_ids = iter(self.tokenizer(templated, add_special_tokens=False)["input_ids"] if templated else [])
         plain_ids = iter(self.tokenizer(plain)["input_ids"] if plain else [])
@@ -225,6 +228,15 @@ class TransformersEngine:
         if token not in self._line_ends:
             self._line_ends[token] = "\n" in self.tokenizer.decode([token])
         return self._line_ends[token]
+
+
+def _context_length(config: Any) -> int | None:
+    """Tokens that the model was made for, as YaRN stretches them."""
+    plain: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "yarn" or plain is None:
+        return plain
+    return max(plain, int(rope["factor"] * rope["original_max_position_embeddings"]))
 
 
 def _uniform_draws(requests: list[Request], steps: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_medllm.config.exam import EngineConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.inference.model_files import check_model_dir
+from megatron_medllm.inference.model_files import check_model_dir, require_thinking_switch
 from megatron_medllm.inference.protocol import Completion, Request, engine_stop, finish, is_blank_line
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -24,7 +24,7 @@ class VllmEngine:
 
     def __init__(self, config: EngineConfig, model_dir: Path) -> None:
         check_model_dir(model_dir)
-        self._config = config
+        self._config, self._directory = config, model_dir
         self._errors = tempfile.NamedTemporaryFile("w+", suffix=".vllm.log")  # noqa: SIM115 (closed by `close`)
         self._idle = False
         try:
@@ -61,6 +61,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See `Engine.generate`."""
+        if any(request.thinking != "auto" for request in requests):
+            require_thinking_switch(self._directory)
         self._idle = False
         by_id = {request.request_id: request for request in requests}
         again: list[Request] = []

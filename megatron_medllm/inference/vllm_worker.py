@@ -48,12 +48,11 @@ def has_batch_invariance() -> bool:
 
 
 def answer(vllm: Any, model: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complete one chunk; prompts and chat messages are asked apart."""
+    """Complete one chunk; prompts, chat messages, and those with another switch for thinking are asked apart."""
     replies = []
-    for chat in (False, True):
-        part = [request for request in requests if bool(request["messages"]) == chat]
-        if not part:
-            continue
+    kinds = {(bool(request["messages"]), request.get("thinking")): None for request in requests}
+    for chat, thinking in kinds:
+        part = [r for r in requests if (bool(r["messages"]), r.get("thinking")) == (chat, thinking)]
         sampling = [
             vllm.SamplingParams(
                 temperature=request["temperature"],
@@ -65,7 +64,8 @@ def answer(vllm: Any, model: Any, requests: list[dict[str, Any]]) -> list[dict[s
             for request in part
         ]
         if chat:
-            outputs = model.chat([request["messages"] for request in part], sampling)
+            switch = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking == "on"}}
+            outputs = model.chat([request["messages"] for request in part], sampling, **switch)
         else:
             outputs = model.generate([request["prompt"] for request in part], sampling)
         for request, output in zip(part, outputs, strict=True):

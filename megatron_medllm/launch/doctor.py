@@ -45,6 +45,22 @@ class Extra:
     needs_gpu: bool = True
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Versions of a package that need certain versions of another one (or of Python)."""
+
+    package: str
+    versions: str
+    other: str
+    needs: str
+    advice: str
+
+
+PAIRS = (
+    Pair("megatron-core", ">=0.17", "python", ">=3.12", "on Python 3.11: pip install megatron-core==0.16.1"),
+    Pair("megatron-core", ">=0.18", "triton", ">=3", "it imports triton on a CPU too: pip install 'triton>=3.6,<3.8'"),
+)
+
 EXTRAS = (
     Extra(
         "transformer-engine",
@@ -92,7 +108,14 @@ def doctor(directory: Path = Path(".")) -> list[Finding]:
         The findings in the order to show them; any `fail` means that something the project needs is missing.
     """
     gpus = visible_gpus()
-    checks = [python_check(), *requirement_checks(), torch_check(gpus), gpu_check(gpus), apex_namesake_check()]
+    checks = [
+        python_check(),
+        *requirement_checks(),
+        *pair_checks(),
+        torch_check(gpus),
+        gpu_check(gpus),
+        apex_namesake_check(),
+    ]
     checks += [extra_check(extra, has_gpu=bool(gpus)) for extra in EXTRAS]
     checks += [disk_check(directory), processor_check(), slurm_check()]
     return [check for check in checks if check is not None]
@@ -130,6 +153,23 @@ def requirement_checks(distribution: str = DISTRIBUTION) -> list[Finding]:
         return problems
     core = installed_version("megatron-core")
     return [Finding("packages", "ok", f"{len(base)} requirements met; megatron-core {core}")]
+
+
+def pair_checks() -> list[Finding]:
+    """Installed versions that do not work with each other, though each may be within its own range."""
+    found = []
+    for pair in PAIRS:
+        version, other = installed_version(pair.package), _version_of(pair.other)
+        if version is None or version not in SpecifierSet(pair.versions):
+            continue
+        if other is None or not SpecifierSet(pair.needs).contains(other, prereleases=True):
+            here = f"{version} with {pair.other} {other}" if other else f"{version} without {pair.other}"
+            found.append(Finding(pair.package, "fail", here, pair.advice))
+    return found
+
+
+def _version_of(name: str) -> str | None:
+    return platform.python_version() if name == "python" else installed_version(name)
 
 
 def visible_gpus() -> list[str]:

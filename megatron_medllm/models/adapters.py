@@ -300,8 +300,9 @@ def add_adapters(
     for chunk in chunks:
         chunk.requires_grad_(False)
         target_device = device or next(chunk.parameters()).device
-        for part in parts_beside_layers(chunk) if fill is not None else []:
-            materialize(part, chunk, fill, device=target_device)
+        if fill is not None:
+            for part in parts_beside_layers(chunk):
+                materialize(part, chunk, fill, device=target_device)
         for layer in chunk.decoder.layers:
             if fill is not None:
                 materialize(layer, chunk, fill, device=target_device)

@@ -43,11 +43,13 @@ def transformer_config(
     """The one place that builds Megatron-Core's configuration. Arguments as in `build_model`.
 
     Raises:
-        UserError: the layout does not divide the model, the backend does not know the FP8 recipe, or it is not there.
+        UserError: the layout does not divide the model, or the backend is not there or lacks FP8's recipe or YaRN.
     """
     layout.check_model(shape)
-    dtype = DTYPES[model.dtype]
+    dtype, family = DTYPES[model.dtype], shape.traits
     te = model.backend == "te"
+    if te and shape.yarn is not None:
+        raise UserError("model.backend=te: YaRN is computed by model.backend=torch only")
     if te:
         _need_transformer_engine()
     return TransformerConfig(
@@ -62,7 +64,9 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=family.qkv_bias,
+        # Under tensor parallelism upstream then sums these norms' gradients: each rank's are of its own heads.
+        qk_layernorm=family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_std,

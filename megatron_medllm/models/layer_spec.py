@@ -40,10 +40,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def torch_layer_spec(*, fp8: bool = False, recompute_swiglu: bool = False) -> ModuleSpec:
+def torch_layer_spec(*, qk_norm: bool = False, fp8: bool = False, recompute_swiglu: bool = False) -> ModuleSpec:
     """A transformer layer of Megatron-Core's own linears (or their FP8 form), torch's norm and our packed attention."""
     column = FP8ColumnParallelLinear if fp8 else tensor_parallel.ColumnParallelLinear
     row = FP8RowParallelLinear if fp8 else tensor_parallel.RowParallelLinear
+    head_norm = RMSNorm if qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -55,8 +56,8 @@ def torch_layer_spec(*, fp8: bool = False, recompute_swiglu: bool = False) -> Mo
                     linear_qkv=column,
                     core_attention=PackedAttention,
                     linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -94,8 +95,9 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if config.context_parallel_size > 1:  # TE's attention would split every document over the ranks evenly
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         return TransformerBlockSubmodules([layer] * count, TENorm)
-    return TransformerBlockSubmodules([torch_layer_spec(fp8=fp8, recompute_swiglu=recompute_swiglu)] * count, RMSNorm)
+    layer = torch_layer_spec(qk_norm=config.qk_layernorm, fp8=fp8, recompute_swiglu=recompute_swiglu)
+    return TransformerBlockSubmodules([layer] * count, RMSNorm)

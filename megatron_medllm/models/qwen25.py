@@ -1,4 +1,4 @@
-"""Qwen2.5 over packed sequences: Megatron-Core's GPTModel with our positions and our head.
+"""A model of any family over packed sequences: Megatron-Core's GPTModel with our positions and our head.
 
 t: tokens of the packed stream, h: hidden size, hn: width of a head, v: padded vocabulary.
 
@@ -25,13 +25,14 @@ from megatron_medllm.kernels.logprob import fused_linear_logprob
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
 from megatron_medllm.models.layer_spec import block_spec
+from megatron_medllm.models.yarn import yarn_frequencies
 from megatron_medllm.parallel.mcore import hush_known_warnings
 from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
 
 class Qwen25Model(GPTModel):
-    """One pipeline stage of Qwen2.5 over packed sequences."""
+    """One pipeline stage over packed sequences."""
 
     def __init__(
         self,
@@ -56,7 +57,11 @@ class Qwen25Model(GPTModel):
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-        self.shape = shape
+        self.shape, self.rotation_factor = shape, 1.0
+        if shape.yarn is not None:
+            self.rotary_pos_emb.inv_freq, self.rotation_factor = yarn_frequencies(
+                shape.yarn, width=shape.kv_channels, base=shape.rotary_base
+            )
         _mark_split_weights(self)
 
     def _is_in_embd_group(self) -> bool:
@@ -85,7 +90,7 @@ class Qwen25Model(GPTModel):
         if frequencies.device != position_ids.device:  # no buffer of Megatron's module: it stayed where it was made
             self.rotary_pos_emb.inv_freq = frequencies = frequencies.to(position_ids.device)
         # Not handed to Megatron's layers: the core attention rotates, in one kernel a tensor.
-        packed_seq_params.rotation = rotation_angles(position_ids[0], frequencies)
+        packed_seq_params.rotation = rotation_angles(position_ids[0], frequencies, factor=self.rotation_factor)
         return decoder_input, None, None, None, None, padding_mask
 
     def _postprocess(

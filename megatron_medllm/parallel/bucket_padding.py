@@ -1,4 +1,4 @@
-"""Saved optimizer states of models with several gradient buckets: a mend of Megatron-Core 0.16.
+"""Saved optimizer states of models with several gradient buckets: a mend of Megatron-Core 0.16 to 0.19.
 
 The problem: for a checkpoint that any layout can load, the distributed optimizer puts its buckets behind one another
 without the padding at their ends, and then looks parameters up at their places with that padding. Whatever lies behind
@@ -27,10 +27,10 @@ def mend_saved_state(optimizer: MegatronOptimizer) -> None:
         return
     for leaf in leaves(optimizer):
         if isinstance(leaf, DistributedOptimizer):
-            leaf.get_parameter_state_dp_zero = _Padded(leaf)
+            leaf.get_parameter_state_dp_zero = Padded(leaf)
 
 
-class _Padded:
+class Padded:
     """`get_parameter_state_dp_zero` with the buckets' padding."""
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
@@ -44,7 +44,7 @@ class _Padded:
             places = [(bucket.offset, bucket.numel_unpadded) for bucket in buffer.buckets]
             for tensors in state[index].values():
                 for key, value in tensors.items():
-                    if isinstance(value, Tensor):
+                    if isinstance(value, Tensor) and len(value) != buffer.numel:  # else it has its padding
                         tensors[key] = with_padding(value, places, size=buffer.numel)
         return state
 

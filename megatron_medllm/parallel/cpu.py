@@ -57,7 +57,7 @@ PASSED_ON = (
 
 def passed_on(version: str) -> set[str]:
     """The names that `PASSED_ON` has for a version."""
-    own = Version(version)
+    own = Version(Version(version).public)
     return {
         name for first, last, names in PASSED_ON if Version(first) <= own <= Version(last) for name in names.split()
     }
@@ -151,7 +151,7 @@ def install() -> None:
         return
     import megatron.core
 
-    if megatron.core.__version__ not in versions.TESTED:
+    if not versions.is_tested(megatron.core.__version__):
         raise UserError(versions.untested(megatron.core.__version__))
     for name in _MODULES:
         importlib.import_module(name)

@@ -5,7 +5,8 @@ tensor-parallel size inside the parallel region, and by it again outside with se
 of this package's layers: fused attention (no s x s matrix), grouped KV heads, SwiGLU, no dropout. A CPU saves more
 than a GPU: its norms are not fused, and its attention works on padded copies.
 
-h: hidden size, kv: width of all KV heads, f: FFN width, hn: width of a head, t: tensor-parallel size.
+h: hidden size, q: width of all query heads, kv: of all KV heads, f: FFN width, hn: width of a head, t: tensor-parallel
+size.
 """
 
 from megatron_medllm.planner.workload import Workload
@@ -33,6 +34,7 @@ def all_layer_activations(workload: Workload, *, on_cpu: bool = False) -> dict[s
     saved = {
         "attention norm": norm_bytes(workload, on_cpu=on_cpu),
         "qkv input": linear_input_bytes(workload, "linear_qkv", hidden) // outside,
+        "head norms": head_norm_bytes(workload, on_cpu=on_cpu),
         **attention_activations(workload, on_cpu=on_cpu),
         "mlp norm": norm_bytes(workload, on_cpu=on_cpu),
         "fc1 input": linear_input_bytes(workload, "linear_fc1", hidden) // outside,
@@ -55,6 +57,15 @@ def norm_bytes(workload: Workload, *, on_cpu: bool) -> int:
     return width * workload.shape.hidden_size // outside + FP32_BYTES
 
 
+def head_norm_bytes(workload: Workload, *, on_cpu: bool) -> int:
+    """The norms of queries and keys: a statistic a head, and on a CPU fp32 copies; their input is the qkv output."""
+    shape = workload.shape
+    if not shape.traits.qk_norm:
+        return 0
+    copies = FP32_BYTES * (1 if workload.frozen_base else 2) * (shape.query_width + shape.kv_width) if on_cpu else 0
+    return (copies + FP32_BYTES * (shape.num_attention_heads + shape.num_query_groups)) // workload.layout.tp
+
+
 def linear_input_bytes(workload: Workload, name: str, width: int) -> int:
     """A linear layer's input: kept for its weight's gradient or its adapter's, in one byte under FP8 training."""
     if workload.frozen_base:
@@ -66,24 +77,25 @@ def attention_activations(workload: Workload, *, on_cpu: bool) -> dict[str, int]
     """What core attention keeps per token. The projection keeps attention's output as its own input.
 
     Rotated q and k are new tensors, v is a view that keeps the whole qkv output alive, except where padded copies
-    are attended over (CPU) or the rotation is fused (te). The CPU path keeps its output three times: of the kernel,
-    scattered, and gathered. Selective recomputation keeps q, qkv and the gathered output alone. Under context
-    parallelism K and V are those of all ranks, unless recomputation gathers them anew.
+    are attended over (CPU) or the rotation is fused and no norm of q and k lies before it (te). The CPU path keeps its
+    output three times: of the kernel, scattered, and gathered. Selective recomputation keeps q, qkv and the gathered
+    output alone. Under context parallelism K and V are those of all ranks, unless recomputation gathers them anew.
     """
     cp = workload.layout.cp
     shape, tp, e = workload.shape, workload.layout.tp, workload.compute_bytes
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
+    query, kv = shape.query_width, shape.kv_width
     selective = workload.layout.recompute == "selective"
     copies = on_cpu and not selective
     if selective:
-        inputs = 2 * (hidden + kv)
+        inputs = 2 * (query + kv)
     elif cp > 1:
-        inputs = hidden + 2 * kv * cp
+        inputs = query + 2 * kv * cp
     else:
-        inputs = hidden + 2 * kv if copies or workload.backend == "te" else 2 * hidden + 3 * kv
+        fused = workload.backend == "te" and not shape.traits.qk_norm
+        inputs = query + 2 * kv if copies or fused else 2 * query + 3 * kv
     statistic = 0 if selective else FP32_BYTES * shape.num_attention_heads // tp
-    projection = linear_input_bytes(workload, "linear_proj", hidden) // tp
-    kernel_output = 0 if selective else hidden * e // tp
+    projection = linear_input_bytes(workload, "linear_proj", query) // tp
+    kernel_output = 0 if selective else query * e // tp
     if copies:
         return {"q, k, v": inputs * e // tp, "attention output": 3 * kernel_output + statistic}
     # In bf16 the kernel's output and the projection's input are one tensor; an FP8 copy is a second.

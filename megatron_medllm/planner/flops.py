@@ -7,7 +7,7 @@ from megatron_medllm.planner.workload import Workload
 
 def attention_flops_per_token(shape: ModelShape, length: float) -> float:
     """Forward FLOPs per token and layer of QK^T and PV over `length` keys, all of them (no causal mask)."""
-    return 4.0 * length * shape.hidden_size
+    return 4.0 * length * shape.query_width
 
 
 def model_flops_per_token(workload: Workload, *, causal: bool, forward_only: bool = False) -> float:

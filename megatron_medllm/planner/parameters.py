@@ -44,10 +44,10 @@ def layer_weights(workload: Workload, index: int) -> list[PlannedWeight]:
     """One transformer layer's tensors on one tensor-parallel rank, adapters after the weight they adapt."""
     shape, tp = workload.shape, workload.layout.tp
     hidden, ffn = shape.hidden_size, workload.ffn_hidden_size
-    qkv = (hidden + 2 * shape.num_query_groups * shape.kv_channels) // tp
+    qkv = (shape.query_width + 2 * shape.kv_width) // tp
     prefix = f"decoder.layers.{index}."
     linears = [
-        ("self_attention.linear_proj", hidden, hidden // tp),
+        ("self_attention.linear_proj", hidden, shape.query_width // tp),
         ("self_attention.linear_qkv", qkv, hidden),
         ("mlp.linear_fc1", 2 * ffn // tp, hidden),
         ("mlp.linear_fc2", hidden, ffn // tp),
@@ -57,7 +57,7 @@ def layer_weights(workload: Workload, index: int) -> list[PlannedWeight]:
         if name == "mlp.linear_fc1":
             weights.append(PlannedWeight(prefix + "pre_mlp_layernorm.weight", hidden, 1))
         weights.append(PlannedWeight(f"{prefix}{name}.weight", rows, columns, quantisable=True))
-        if name.endswith("linear_qkv"):
+        if name.endswith("linear_qkv") and shape.traits.qkv_bias:
             weights.append(PlannedWeight(f"{prefix}{name}.bias", rows, 1))
         if workload.frozen_base and name.rpartition(".")[2] in workload.lora_targets:
             # Column layers replicate A and split B; row layers split A and replicate B: `rows` and `columns` are
@@ -65,6 +65,9 @@ def layer_weights(workload: Workload, index: int) -> list[PlannedWeight]:
             rank = workload.lora_rank
             weights.append(PlannedWeight(f"{prefix}{name}.lora_a", rank, columns, adapter=True))
             weights.append(PlannedWeight(f"{prefix}{name}.lora_b", rows, rank, adapter=True))
+        if name.endswith("linear_qkv") and shape.traits.qk_norm:
+            for norm in ("q_layernorm", "k_layernorm"):
+                weights.append(PlannedWeight(f"{prefix}self_attention.{norm}.weight", shape.kv_channels, 1))
     return weights
 
 
@@ -100,14 +103,16 @@ def stored_bytes(weight: PlannedWeight, workload: Workload) -> int:
 
 def matmul_parameters(shape: ModelShape) -> int:
     """Parameters that every token is multiplied by: the layers' and the head's, not the embedding's."""
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
-    per_layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * shape.ffn_hidden_size
+    hidden = shape.hidden_size
+    per_layer = 2 * hidden * (shape.query_width + shape.kv_width) + 3 * hidden * shape.ffn_hidden_size
     return shape.num_layers * per_layer + hidden * shape.vocab_size
 
 
 def total_parameters(shape: ModelShape) -> int:
     """All parameters of the published model (vocabulary unpadded)."""
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
-    vectors = shape.num_layers * (2 * hidden + hidden + 2 * kv) + hidden
+    hidden = shape.hidden_size
+    biases = shape.query_width + 2 * shape.kv_width if shape.traits.qkv_bias else 0
+    head_norms = 2 * shape.kv_channels if shape.traits.qk_norm else 0
+    vectors = shape.num_layers * (2 * hidden + biases + head_norms) + hidden
     embedding = 0 if shape.tie_embeddings else hidden * shape.vocab_size
     return matmul_parameters(shape) + embedding + vectors

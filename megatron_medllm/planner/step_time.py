@@ -50,8 +50,8 @@ def layer_time(workload: Workload, hardware: Hardware) -> tuple[PassTime, PassTi
     """Forward and backward of one transformer layer over one micro-batch on one rank."""
     shape, layout = workload.shape, workload.layout
     tokens, e = workload.local_tokens, workload.compute_bytes
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
-    parameters = (2 * hidden * (hidden + kv) + 3 * hidden * workload.ffn_hidden_size) / layout.tp
+    hidden, kv = shape.hidden_size, shape.kv_width
+    parameters = (2 * hidden * (shape.query_width + kv) + 3 * hidden * workload.ffn_hidden_size) / layout.tp
     gemm = 2 * parameters * tokens / gemm_flops_rate(workload, hardware)
     rate = hardware.peak_bf16_flops * hardware.efficiency_attention
     length = workload.mean_attended_length / 2
@@ -100,16 +100,18 @@ def gemm_flops_rate(workload: Workload, hardware: Hardware) -> float:
 def elementwise_bytes_per_token(workload: Workload) -> float:
     """HBM traffic of a layer's norms, residuals, RoPE and SwiGLU in the forward pass, per token on one rank.
 
-    Two norms and two residual additions move 2 and 3 hidden vectors each; RoPE reads and writes q and k; SwiGLU reads
-    two FFN vectors and writes one (two more unfused). FP8 adds reading bf16 and writing one byte for each GEMM input.
+    Two norms and two residual additions move 2 and 3 hidden vectors each; RoPE reads and writes q and k, and so do
+    their norms where there are any; SwiGLU reads two FFN vectors and writes one (two more unfused). FP8 adds reading
+    bf16 and writing one byte for each GEMM input.
     """
     shape, layout, e = workload.shape, workload.layout, workload.compute_bytes
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.kv_channels
+    hidden, query, kv = shape.hidden_size, shape.query_width, shape.kv_width
     outside = layout.tp if layout.sp else 1
     swiglu = 3 if workload.backend == "te" else 5
-    moved = 10 * hidden * e / outside + (2 * (hidden + kv) + swiglu * workload.ffn_hidden_size) * e / layout.tp
+    rotated_and_normed = (4 if shape.traits.qk_norm else 2) * (query + kv)
+    moved = 10 * hidden * e / outside + (rotated_and_normed + swiglu * workload.ffn_hidden_size) * e / layout.tp
     if workload.fp8_products:
-        inputs = 2 * hidden / outside + (hidden + workload.ffn_hidden_size) / layout.tp
+        inputs = 2 * hidden / outside + (query + workload.ffn_hidden_size) / layout.tp
         moved += inputs * (e + 1)
     return moved
 

@@ -89,8 +89,8 @@ class Model:
 # What the reference log-probabilities depend on. The optimizer and the loss are not among them.
 SCORE_SETTINGS = (
     *("model", "layout", "tokenizer", "rpo.adapter", "rpo.fp8", "rpo.fp8_recipe"),
-    *("rpo.sequence_length", "rpo.micro_batch_size", "rpo.share_prompt", "rpo.template", "rpo.add_eos"),
-    *("rpo.mask_patterns", "rpo.too_long", "rpo.filters"),
+    *("rpo.sequence_length", "rpo.micro_batch_size", "rpo.share_prompt", "rpo.template", "rpo.thinking"),
+    *("rpo.add_eos", "rpo.mask_patterns", "rpo.too_long", "rpo.filters"),
 )
 
 # Settings of a training that leave its weights as they are: changing one, after a stall perhaps, must not undo it.

@@ -1,6 +1,6 @@
 """One rank of test_conversion: weights through every layout of four processes, all in one launch.
 
-Arguments: a directory that holds `tied` and `untied` HF directories and `tied_ckpt`, `untied_ckpt` imported from them.
+Arguments: a directory that holds `tied`, `untied` and `qwen3` HF directories and `tied_ckpt` and so on, imported.
 """
 
 import shutil
@@ -30,6 +30,8 @@ CASES = (
     (LayoutConfig(pp=2, vpp=2, dp=2), "tied"),
     (LayoutConfig(pp=4, first_stage_layers=1, last_stage_layers=3), "untied"),
     (LayoutConfig(tp=2, dp=2), "tied"),
+    (LayoutConfig(tp=4), "qwen3"),
+    (LayoutConfig(tp=2, pp=2, sp=True), "qwen3"),
 )
 
 

@@ -21,6 +21,7 @@ class Fault:
     found_by: str
     stage: str = "cpt"
     tied: bool = False
+    family: str = "qwen2"
     section: dict[str, Any] = field(default_factory=dict)
 
 

@@ -69,6 +69,14 @@ def unmarked_norm():
     return wrap(RMSNorm, "__init__", make)
 
 
+@fault("a head norm's gradient is of each rank's own heads", TP, "gradients, step 1", family="qwen3")
+def head_norms_not_reduced():
+    from importlib import import_module
+
+    module = import_module("megatron.core.distributed.finalize_model_grads")  # the package shows its function
+    return patch.object(module, "_allreduce_non_tensor_model_parallel_grads", lambda *args, **kwargs: None)
+
+
 @fault("the second rank's slice of the vocabulary starts one word early", TP, "losses")
 def vocabulary_offset():
     from megatron_medllm.models import qwen25

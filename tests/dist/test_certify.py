@@ -16,6 +16,8 @@ from megatron_medllm.config.run import RunConfig, load
 ALL = "MEDLLM_CERTIFY_ALL"  # a file that takes a line of JSON for every certificate
 SP, LORA = {"tp": 2, "sp": True}, {"adapter": {"rank": 16, "alpha": 32}}
 FP8_LORA = {"adapter": {"rank": 16, "alpha": 32, "base": "fp8"}}
+QWEN3 = {"family": "qwen3", "head_dim": 32}  # hidden_size / heads is 16
+YARN = {"yarn": {"factor": 4.0, "original_max_position_embeddings": 32}}  # documents are longer than that
 LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "one": ("cpt", {}, {}),
     "tp-sp pp vpp dp": ("cpt", SP | {"pp": 2, "vpp": 2, "dp": 2}, {}),
@@ -33,9 +35,17 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rpo tp-sp pp vpp recompute": ("rpo", SP | {"pp": 2, "vpp": 2, "recompute": "full"}, {}),
     "rpo lora tp-sp recompute": ("rpo", SP | {"recompute": "full"}, LORA),
     "rpo fp8 lora pp": ("rpo", {"pp": 2}, FP8_LORA),
+    "qwen3 tp dp": ("cpt", {"tp": 2, "dp": 2}, QWEN3),
+    "qwen3 tp-sp pp": ("cpt", SP | {"pp": 2}, QWEN3 | {"tied": True}),
+    "qwen3 cp dp": ("cpt", {"cp": 2, "dp": 2}, QWEN3),
+    "qwen3 fp8 tp-sp": ("cpt", SP, QWEN3 | {"fp8": "hybrid"}),
+    "qwen3 rpo lora tp-sp recompute": ("rpo", SP | {"recompute": "full"}, LORA | QWEN3),
+    "qwen3 rpo fp8 lora pp": ("rpo", {"pp": 2}, FP8_LORA | QWEN3),
+    "yarn tp": ("cpt", {"tp": 2}, YARN),
+    "qwen3 yarn rpo cp": ("rpo", {"cp": 2}, QWEN3 | YARN),
     "rpo side by side ipo": ("rpo", {"tp": 2, "dp": 2}, {"share_prompt": False, "loss": {"kind": "ipo"}}),
 }
-IN_CI = ("tied pp dp", "rpo lora tp-sp recompute")
+IN_CI = ("tied pp dp", "rpo lora tp-sp recompute", "qwen3 tp dp", "qwen3 yarn rpo cp")
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 
 
@@ -45,6 +55,7 @@ def run_of(name: str, run_dir: Path) -> RunConfig:
     shape = {
         "num_layers": 8, "hidden_size": 256, "num_attention_heads": 16, "num_query_groups": more.pop("groups", 4),
         "ffn_hidden_size": 768, "vocab_size": 1500, "tie_embeddings": more.pop("tied", False),
+        **{key: more.pop(key) for key in ("family", "head_dim", "yarn") if key in more},
     }  # fmt: skip
     data = {"pairs": "x"} if stage == "rpo" else {"data": [{"path": "x"}], "epochs": 1}
     section = {"sequence_length": 128, "global_batch_size": 16, "optimizer": {"lr": 1e-3}} | data | more
@@ -55,7 +66,7 @@ def run_of(name: str, run_dir: Path) -> RunConfig:
 
 def example_stages(path: Path) -> list[RunConfig]:
     """An example's run for every stage that trains, its model given by size."""
-    size = next((f"model.size={size}" for size in ("72b", "7b", "0.5b") if f"-{size}-" in f"{path.stem}-"), None)
+    size = next((f"model.size={size}" for size in ("qwen3-8b", "72b", "7b", "0.5b") if f"-{size}-" in f"{path.stem}-"), None)
     run = load(path, ["data=none", *(["model.path=null", size] if size else [])])
     return [run.model_copy(update={"stage": name}) for name in ("base", "cpt", "rpo") if getattr(run, name) is not None]
 

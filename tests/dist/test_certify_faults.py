@@ -14,7 +14,8 @@ from tests.dist.certify_faults import FAULTS, VARIABLE
 
 HOST = "tests.dist.certify_faults"
 # One of every kind; the others run where MEDLLM_CERTIFY_ALL is set.
-IN_CI = ("no_head_all_reduce", "lora_half_not_reduced", "tied_embedding", "rejected_sees_chosen", "fc1_in_checkpoint")
+IN_CI = ("no_head_all_reduce", "lora_half_not_reduced", "tied_embedding", "rejected_sees_chosen", "fc1_in_checkpoint",
+         "head_norms_not_reduced")  # fmt: skip
 
 
 def faulty_run(name: str, run_dir: Path) -> RunConfig:
@@ -22,7 +23,7 @@ def faulty_run(name: str, run_dir: Path) -> RunConfig:
     fault = FAULTS[name]
     shape = {
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 128,
-        "vocab_size": 1500, "tie_embeddings": fault.tied,
+        "vocab_size": 1500, "tie_embeddings": fault.tied, "family": fault.family,
     }  # fmt: skip
     data = {"pairs": "x"} if fault.stage == "rpo" else {"data": [{"path": "x"}], "epochs": 1}
     section = {"sequence_length": 64, "global_batch_size": 8, "optimizer": {"lr": 1e-3}} | data | fault.section

@@ -1,6 +1,6 @@
 """Weights survive every layout: HF -> layout -> HF, layout -> checkpoint -> HF, checkpoint -> layout -> HF, bitwise.
 
-One launch of four processes walks all layouts with a tied and an untied model. Tensor-parallel layouts without a
+One launch of four processes walks all layouts with a tied and an untied model, and two of them with a Qwen3. Tensor-parallel layouts without a
 pipeline are also held against transformers' logits, since a wrong cut could undo itself on the way back.
 """
 
@@ -22,8 +22,10 @@ SHAPE = tiny_shape(num_attention_heads=8, ffn_hidden_size=48, vocab_size=307, ti
 
 @pytest.mark.timeout(500)
 def test_every_layout_reads_and_writes_the_same_weights(tmp_path: Path):
-    for name, tied in (("untied", False), ("tied", True)):
-        shape = SHAPE.model_copy(update={"tie_embeddings": tied, "num_layers": 8})
+    qwen3 = {"family": "qwen3", "head_dim": 12}  # hidden_size / heads is 4
+    models = {"untied": {"tie_embeddings": False}, "tied": {"tie_embeddings": True}, "qwen3": qwen3}
+    for name, changes in models.items():
+        shape = SHAPE.model_copy(update=changes | {"num_layers": 8})
         hf_dir = write_twin(tmp_path / name, shape, dtype=torch.float32)
         import_hf(hf_dir, tmp_path / f"{name}_ckpt", chunk_bytes=3000)
         with torch.no_grad():

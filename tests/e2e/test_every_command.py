@@ -352,3 +352,21 @@ def bench_compare(made: Made) -> None:
 def bench_sweep(made: Made) -> None:
     options = ("--over", "cpt.micro_batch_size=1", "--steps", 1, "--synthetic", "--output", made.directory / "b4")
     assert "cpt.micro_batch_size" in medllm("bench", "sweep", made.recipe, *options)
+
+
+@drives("release write")
+def release_write(made: Made) -> None:
+    """The whole of it is in test_release.py."""
+    assert made.checkpoints.is_dir() and made.answers.is_dir()
+    settings = yaml.safe_load(made.recipe.read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("base", "pairs", "rpo")}
+    write_recipe(kept, made.run_dir / "run.yaml")
+    assert "model cpt, licence mit" in medllm("release", made.run_dir, made.directory / "release", "--licence", "mit")
+
+
+@drives("release verify")
+def release_verify(made: Made) -> None:
+    target = made.directory / "release"
+    if not target.is_dir():
+        release_write(made)
+    assert medllm("release", "verify", target, "--run", made.run_dir).startswith("verified: ")

@@ -10,9 +10,10 @@ from megatron_medllm import versions
 from megatron_medllm.errors import UserError
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.2", "0.19.2+23d5ab7", "0.16.1+nv26.05"])
 def test_tested_versions_pass(version: str) -> None:
     versions.refuse_untested(version, {})
+    assert versions.is_tested(version)
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.1", "0.18.2", "0.19.1", "0.20.0", "0.19.2rc1"])

@@ -17,11 +17,11 @@ DOCUMENTS = 8
 
 def write_example_inputs(data: Path) -> Path:
     """Fill `data` for any of the example recipes."""
-    for size in ("0.5B", "7B", "72B"):
+    models = {"Qwen2.5-0.5B": "0.5b", "Qwen2.5-7B": "7b", "Qwen2.5-72B": "72b", "Qwen3-8B-Base": "qwen3-8b"}
+    for name, size in models.items():
         # Without weights, which nothing before training reads.
-        folder = data / f"Qwen2.5-{size}"
-        write_tokenizer(folder)
-        write_config(folder, SIZES[size.lower()], max_position_embeddings=131072, eos_token_id=None)
+        write_tokenizer(data / name)
+        write_config(data / name, SIZES[size], max_position_embeddings=131072, eos_token_id=None)
     write_tokenizer(data / "qwen2.5-tokenizer")
     # Two files each, so that the recipes' globs have something to match.
     names = [f"{folder}/part-{part}.jsonl" for folder in ("medical", "general") for part in range(2)]

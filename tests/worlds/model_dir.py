@@ -1,4 +1,4 @@
-"""Tiny random models with the shape ratios of every Qwen2.5 size, as Hugging Face directories."""
+"""Tiny random models with the shape ratios of every published size, as Hugging Face directories."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,22 @@ from safetensors.torch import load_file, save_file
 from megatron_medllm.checkpoint.names import hf_shapes
 from megatron_medllm.config.model import SIZES, ModelShape
 
-PUBLISHED = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
+PUBLISHED = tuple(size for size in SIZES if size != "mini")
 
 
 def twin_shape(size: str, *, layers: int = 2) -> ModelShape:
-    """Heads, KV heads and FFN ratio of the published size; heads 4 wide and an odd vocabulary."""
+    """Heads, KV heads, and FFN and heads in proportion to the published size; heads 4 (8) wide, an odd vocabulary."""
     real = SIZES[size]
+    head_dim = None if real.head_dim is None else 8
     hidden = 4 * real.num_attention_heads
+    if head_dim is not None:
+        hidden = head_dim * real.num_attention_heads * real.hidden_size // real.query_width
     ffn = 4 * round(hidden * real.ffn_hidden_size / real.hidden_size / 4)
     return real.model_copy(
         update={
             "num_layers": layers,
             "hidden_size": hidden,
+            "head_dim": head_dim,
             "ffn_hidden_size": ffn,
             "vocab_size": 307,
             "max_position_embeddings": 512,
@@ -30,9 +34,12 @@ def twin_shape(size: str, *, layers: int = 2) -> ModelShape:
 
 def config_json(shape: ModelShape, dtype: str = "bfloat16") -> dict:
     """transformers 4's spelling, as the published directories have it."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+    own = {} if shape.head_dim is None else {"head_dim": shape.head_dim, "attention_bias": False}
+    if shape.yarn is not None:
+        own["rope_scaling"] = {"type": "yarn", **shape.yarn.model_dump()}
+    return own | {
+        "architectures": ["Qwen2ForCausalLM" if shape.family == "qwen2" else "Qwen3ForCausalLM"],
+        "model_type": shape.family,
         "num_hidden_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,

@@ -1,4 +1,4 @@
-"""A tiny random Qwen2 with a tokenizer of words, and preference pairs in its language."""
+"""A tiny random model with a tokenizer of words, and preference pairs in its language."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(94)]
 CHAT_TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}w2 "
 
 
 def write_model(
-    directory: Path, *, seed: int = 0, layers: int = 4, hidden: int = 32, ffn: int = 64, std: float = 0.15
+    directory: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    hidden: int = 32,
+    ffn: int = 64,
+    std: float = 0.15,
+    family: str = "qwen2",
+    **more: object,
 ) -> Path:
-    """An HF directory: random weights and biases, and `<eos>` = 0."""
+    """An HF directory: random weights and biases, and `<eos>` = 0; `more` goes to its configuration."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(WORDS) + 2,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -30,8 +39,9 @@ def write_model(
         eos_token_id=0,
         bos_token_id=None,
         pad_token_id=None,
+        **more,
     )
-    model = Qwen2ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -16,6 +16,6 @@ SHAPE = {
 ODD_SHAPE = SHAPE | {"hidden_size": 72, "ffn_hidden_size": 100, "vocab_size": 300, "tie_embeddings": False}
 
 
-def tiny_shape(**changes: int | bool) -> ModelShape:
+def tiny_shape(**changes: object) -> ModelShape:
     """`SHAPE` with changes, as the models' code takes it."""
     return ModelShape.model_validate(SHAPE | changes)

@@ -24,6 +24,7 @@ from megatron_medllm.checkpoint.hf_source import HFWeights
 from megatron_medllm.checkpoint.hf_target import copy_carried_files, partial_dir, refuse_existing
 from megatron_medllm.config.megatron_dirs import RUN_CONFIG_NAME, TRACKER_NAME
 from megatron_medllm.config.model import ModelShape, shape_from_hf_config
+from megatron_medllm.errors import UserError
 from megatron_medllm.storage import atomic_write
 
 _ITERATION = "iter_0000000"
@@ -50,6 +51,9 @@ def import_to_bridge(hf_dir: Path, root: Path, *, dtype: torch.dtype | None = No
     """
     refuse_existing(root)
     shape = shape_from_hf_config(hf_dir)
+    if shape.family != "qwen2" or shape.yarn is not None:
+        what = "YaRN" if shape.yarn is not None else shape.traits.name
+        raise UserError(f"{hf_dir}: {what}; Bridge's settings are written for Qwen2.5 with unscaled RoPE only")
     dtype = dtype or HFWeights(hf_dir, shape).own_dtype()
     partial = partial_dir(root)
     folder = partial / _ITERATION

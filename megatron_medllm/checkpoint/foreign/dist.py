@@ -27,11 +27,15 @@ _HALVES = ("_w", "_v")
 class DistTensors:
     """The model's tensors in a `torch_dist` checkpoint."""
 
-    def __init__(self, reader: TorchDistReader) -> None:
+    def __init__(self, reader: TorchDistReader, *, ours: bool) -> None:
         """Find the prefix of the keys and refuse another family's model.
 
+        Args:
+            reader: of the checkpoint.
+            ours: this package wrote it.
+
         Raises:
-            UserError: no Qwen2.5 model.
+            UserError: a model of no family that is read.
         """
         self.reader, self.directory = reader, reader.directory
         keys = [key for key in reader.tensor_keys() if not key.startswith(_NOT_OF_THE_MODEL)]
@@ -42,7 +46,7 @@ class DistTensors:
         if len(prefixes) > 1:
             raise UserError(f"{self.directory}: keys of two models: {min(keys)!r}, {max(keys)!r}")
         self.prefix = prefixes.pop()
-        if (why := other_family(bare)) is not None:
+        if (why := other_family(bare, ours=ours)) is not None:
             raise UserError(f"{self.directory}: {why}")
         self.names = tuple(bare)
 

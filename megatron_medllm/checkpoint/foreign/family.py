@@ -28,19 +28,29 @@ _KNOWN = re.compile(
     r"|(input|pre_mlp)_layernorm\.weight"
     r"|self_attention\.linear_(qkv|proj)\.(lora_[ab]|adapter\.linear_(in|out)\.weight)"
     r"|mlp\.linear_fc[12]\.(lora_[ab]|adapter\.linear_(in|out)\.weight))"
-    r"|.*\._extra_state|rotary_pos_emb\.inv_freq|decoder\.layers\.(\d+\.)?.*inv_freq"
+    r"|.*\._extra_state(/.*)?|rotary_pos_emb\.inv_freq|decoder\.layers\.(\d+\.)?.*inv_freq"
 )
 _BIAS = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.bias")
+_HEAD_NORM = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.[qk]_layernorm\.weight")
 _QKV = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.weight")
 
 
-def other_family(names: Iterable[str]) -> str | None:
+def has_head_norms(names: Iterable[str]) -> bool:
+    """Whether queries and keys have norms (Qwen3)."""
+    return any(map(_HEAD_NORM.fullmatch, names))
+
+
+def other_family(names: Iterable[str], *, ours: bool = False) -> str | None:
     """What a model with these tensors is, where it is no Qwen2.5; None where it is one (or an adapter for one).
 
     Args:
         names: of the model's tensors, without `module.` before them; layers may be stacked.
+        ours: this package wrote them: Qwen3 is one of its families, while of other tools only Qwen2.5 is read.
     """
     names = list(names)
+    if ours and has_head_norms(names):
+        names = [name for name in names if not _HEAD_NORM.fullmatch(name)]
+        return None if all(map(_KNOWN.fullmatch, names)) else "tensors that belong to no Qwen3 model"
     strange = [name for name in names if not _KNOWN.fullmatch(name)]
     for pattern, what in _MARKS:
         found = next((name for name in strange if re.search(pattern, name)), None)

@@ -13,18 +13,21 @@ from torch.autograd.function import once_differentiable
 from megatron_medllm.kernels.backend import triton_installed
 
 
-def rotation_angles(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rotation_angles(position_ids: Tensor, inverse_frequencies: Tensor, *, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every token's angles.
 
     Args:
         position_ids: [t], any integers.
         inverse_frequencies: [hn/2] fp32.
+        factor: of both; YaRN's sharpens attention by its square.
 
     Returns:
         two tensors [t, hn/2] fp32.
     """
     angles = torch.outer(position_ids.float(), inverse_frequencies)
-    return angles.cos(), angles.sin()
+    if factor == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
-        return _rotated(dy, cosines, -sines), None, None  # a rotation's transpose turns back
+        return _rotated(dy, cosines, -sines), None, None  # its transpose turns back, with the same factor
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -292,3 +292,13 @@ def test_existing_results_are_not_overwritten(ckpt: Path, tmp_path: Path):
         import_hf(tmp_path / "hf", ckpt)
     with pytest.raises(UserError, match="hf: already exists"):
         export_checkpoint(ckpt, tmp_path / "hf")
+
+
+def test_a_source_of_another_family_is_refused(tmp_path: Path):
+    """Qwen3's head norms would be dropped, or Qwen2.5's biases."""
+    twins = {name: twin_shape(name) for name in ("qwen3-8b", "7b")}
+    for name, shape in twins.items():
+        import_hf(write_twin(tmp_path / name, shape), tmp_path / f"{name}.ckpt", chunk_bytes=TINY_CHUNKS)
+    for name, other, has in (("qwen3-8b", "7b", "has"), ("7b", "qwen3-8b", "lacks")):
+        with pytest.raises(UserError, match=f"{has} norms on queries and keys, unlike the source's Qwen"):
+            export_checkpoint(tmp_path / f"{name}.ckpt", tmp_path / "out", source_dir=tmp_path / other)

@@ -147,6 +147,20 @@ def test_bridge_and_nemo_bring_their_shape(tied: Path, tmp_path: Path):
         assert_same_tensors(read_tensors(out), read_tensors(tied))
 
 
+def test_bridge_may_nest_its_settings(tied: Path, tmp_path: Path):
+    """As `GPTModelConfig.as_dict` writes it: the transformer's settings in a section of their own."""
+    peers.write_bridge(tmp_path / "bridge", peers.whole(tied), TIED)
+    path = tmp_path / "bridge" / "iter_0000000" / "run_config.yaml"
+    flat = yaml.safe_load(path.read_text())["model"]
+    outer = {key: flat.pop(key) for key in ("vocab_size", "seq_length", "rotary_base", "position_embedding_type")}
+    outer["share_embeddings_and_output_weights"] = flat.pop("share_embeddings_and_output_weights")
+    path.write_text(yaml.safe_dump({"model": outer | {"_builder_": "x.GPTModelBuilder", "transformer": flat}}))
+    assert ModelConfig(path=tmp_path / "bridge").resolve_shape() == TIED
+    path.write_text(yaml.safe_dump({"model": outer | {"transformer": flat | {"num_moe_experts": 4}}}))
+    with pytest.raises(UserError, match=r"model.num_moe_experts is 4"):
+        ModelConfig(path=tmp_path / "bridge").resolve_shape()
+
+
 def test_a_head_that_differs_is_never_dropped(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tensors = peers.whole(tied)
     head = tensors["embedding.word_embeddings.weight"].clone()

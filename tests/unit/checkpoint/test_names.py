@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_medllm.checkpoint.names import (
     HFSlice,
@@ -35,10 +35,23 @@ def weight(name: str):
 def test_names_and_shapes_are_those_of_transformers(size: str):
     shape = SIZES[size].model_copy(update={"num_layers": 2})
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(Qwen2Config.from_dict(config_json(shape)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_json(shape)))
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert hf_shapes(shape) == theirs
-    assert ("lm_head.weight" in theirs) == (size in ("7b", "14b", "32b", "72b"))
+    untied = ("7b", "14b", "32b", "72b", "qwen3-8b", "qwen3-14b", "qwen3-32b")
+    assert ("lm_head.weight" in theirs) == (size in untied)
+
+
+def test_a_family_has_its_own_rows_only():
+    qwen3 = twin_shape("qwen3-8b")
+    names = {row.mcore for row in model_weights(qwen3)}
+    assert "decoder.layers.1.self_attention.k_layernorm.weight" in names
+    assert not any(name.endswith("linear_qkv.bias") for name in names)
+    assert weight_of_parameter("decoder.layers.0.self_attention.linear_qkv.bias", qwen3) is None
+    assert weight_of_parameter("decoder.layers.0.self_attention.q_layernorm.weight", SMALL) is None
+    q_norm = weight_of_parameter("decoder.layers.3.self_attention.q_layernorm.weight", qwen3)
+    assert q_norm.hf == ("model.layers.3.self_attn.q_norm.weight",) and q_norm.axis is None
+    assert hf_shape(q_norm.hf[0], qwen3) == (8,)
 
 
 def test_qkv_is_interleaved_by_group():

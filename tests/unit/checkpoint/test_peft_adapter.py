@@ -15,6 +15,7 @@ from megatron_medllm.checkpoint.description import describe_checkpoint
 from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.checkpoint.peft_adapter import export_peft, load_adapter, read_peft
 from megatron_medllm.checkpoint.state_writer import StateWriter
+from megatron_medllm.config.model import shape_from_hf_config
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
@@ -31,6 +32,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_twin(tmp_path_factory.mktemp("base") / "hf", SHAPE, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module", params=["0.5b", "qwen3-4b"])
+def any_base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The twin of a model of every family."""
+    return write_twin(tmp_path_factory.mktemp("base") / "hf", twin_shape(request.param), dtype=torch.float32)
+
+
 def adapter_parameters(chunk) -> dict[str, torch.Tensor]:
     return {name: p for name, p in chunk.named_parameters() if "lora_" in name}
 
@@ -45,17 +52,18 @@ def trained_adapter(chunk, config: AdapterConfig) -> None:
 
 
 @torch.no_grad()
-def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
+def test_one_adapter_every_way_out_and_back(any_base: Path, tmp_path: Path):
+    base, shape = any_base, shape_from_hf_config(any_base)
     with running(base) as (chunk, here):
         plain = megatron_logits(chunk)
         trained_adapter(chunk, CONFIG)
         expected = megatron_logits(chunk)
         assert (expected - plain).abs().max() > 0.1 * plain.abs().max()
-        export_hf([chunk], SHAPE, tmp_path / "live", runtime=here, source_dir=base, dtype=torch.float32)
+        export_hf([chunk], shape, tmp_path / "live", runtime=here, source_dir=base, dtype=torch.float32)
         ckpt = tmp_path / "ckpt"
         ckpt.mkdir()
         StateWriter().start(mcore.sharded_state([chunk], None, is_loading=False), ckpt, wait=True)
-        describe_checkpoint(ckpt, SHAPE, dtype=torch.float32, source_dir=base, adapter=CONFIG)
+        describe_checkpoint(ckpt, shape, dtype=torch.float32, source_dir=base, adapter=CONFIG)
         trained = {name: p.clone() for name, p in adapter_parameters(chunk).items()}
 
     with pytest.raises(UserError, match="holds an adapter; name the HF directory of the base"):
@@ -82,7 +90,7 @@ def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
     assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
     assert json.loads((tmp_path / "bf16" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
-    adapter = read_peft(tmp_path / "peft", SHAPE)
+    adapter = read_peft(tmp_path / "peft", shape)
     assert adapter.config == CONFIG
     with running(base) as (chunk, _):
         add_adapters([chunk], adapter.config, seed=9, tp_rank=0, tp_size=1)
@@ -93,8 +101,9 @@ def test_one_adapter_every_way_out_and_back(base: Path, tmp_path: Path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_made_by_peft(base: Path, tmp_path: Path, rslora: bool):
+def test_an_adapter_made_by_peft(any_base: Path, tmp_path: Path, rslora: bool):
     """q and v each with their own A, no k; nothing on gate; one layer only for down."""
+    base, shape = any_base, shape_from_hf_config(any_base)
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=r".*(q_proj|v_proj|up_proj)|.*\.1\.mlp\.down_proj", use_rslora=rslora
@@ -106,7 +115,7 @@ def test_an_adapter_made_by_peft(base: Path, tmp_path: Path, rslora: bool):
     theirs.save_pretrained(tmp_path / "peft")
     expected = theirs(IDS[None]).logits[0]
 
-    adapter = read_peft(tmp_path / "peft", SHAPE)
+    adapter = read_peft(tmp_path / "peft", shape)
     assert adapter.config.targets == ("linear_qkv", "linear_fc1", "linear_fc2")
     assert adapter.config.rank == 4  # q's A above v's
     with running(base) as (chunk, _):

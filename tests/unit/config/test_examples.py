@@ -11,9 +11,9 @@ from megatron_medllm.planner import plan, require_fit
 from megatron_medllm.planner.from_config import workload_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-RECIPES = sorted(EXAMPLES.glob("[cr]p[to]-qwen2.5-*.yaml"))
+RECIPES = sorted(EXAMPLES.glob("[cr]p[to]-qwen*.yaml"))
 NAME = re.compile(
-    r"(?P<stage>cpt|rpo)-qwen2\.5-(?P<size>[\d.]+b)-(?P<nodes>\d+)n(?P<gpus>\d+)g(-tp(?P<tp>\d+)pp(?P<pp>\d+))?"
+    r"(?P<stage>cpt|rpo)-(qwen2\.5-)?(?P<size>(qwen3-)?[\d.]+b)-(?P<nodes>\d+)n(?P<gpus>\d+)g(-tp(?P<tp>\d+)pp(?P<pp>\d+))?"
     r"(-(?P<kind>lora|qlora|fp8lora|fp8))?"
 )
 
@@ -21,7 +21,7 @@ NAME = re.compile(
 def recipe(path: Path) -> tuple[RunConfig, re.Match]:
     """The recipe with its model given by size, as the weights are not here, and its name taken apart."""
     name = NAME.fullmatch(path.stem)
-    assert name is not None, f"{path.name} is not named <stage>-qwen2.5-<size>-<N>n<G>g[-tpXppY][-kind].yaml"
+    assert name is not None, f"{path.name} is not named <stage>-<family>-<size>-<N>n<G>g[-tpXppY][-kind].yaml"
     return load(path, ["data=inputs", "model.path=null", f"model.size={name['size']}"]), name
 
 
@@ -33,6 +33,7 @@ def test_the_recipes_that_are_promised_are_there():
         "cpt-qwen2.5-7b-1n1g-fp8lora",
         "cpt-qwen2.5-7b-1n1g-lora",
         "cpt-qwen2.5-7b-1n8g-tp2pp1",
+        "cpt-qwen3-8b-1n1g-lora",
         "rpo-qwen2.5-72b-1n2g-tp2pp1-qlora",
         "rpo-qwen2.5-7b-1n1g-lora",
     ]

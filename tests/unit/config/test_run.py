@@ -129,18 +129,21 @@ def test_uneven_stages_fit():
     LayoutConfig(pp=3, first_stage_layers=1, last_stage_layers=1).check_model(shape)
 
 
-def test_the_size_table_is_qwen25s():
+def test_the_size_table_is_that_of_the_published_models():
     """Parameters counted by hand from the published configurations, in millions."""
 
     def millions(shape: ModelShape) -> int:
-        kv = shape.kv_channels * shape.num_query_groups
-        attention = shape.hidden_size * (2 * shape.hidden_size + 2 * kv) + shape.hidden_size + 2 * kv
+        width = 128 if shape.family == "qwen3" else shape.hidden_size // shape.num_attention_heads
+        query, kv = width * shape.num_attention_heads, width * shape.num_query_groups
+        attention = shape.hidden_size * (2 * query + 2 * kv) + (2 * 128 if shape.family == "qwen3" else query + 2 * kv)
         layer = attention + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
         embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
         return round((shape.num_layers * layer + embeddings + shape.hidden_size) / 1e6)
 
     assert {name: millions(shape) for name, shape in SIZES.items() if name != "mini"} == {
         "0.5b": 494, "1.5b": 1544, "3b": 3086, "7b": 7616, "14b": 14770, "32b": 32764, "72b": 72706,
+        "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191, "qwen3-14b": 14768,
+        "qwen3-32b": 32762,
     }  # fmt: skip
 
 

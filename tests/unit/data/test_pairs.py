@@ -216,6 +216,21 @@ def test_answers_end_with_the_templates_own_end_of_turn_once(tmp_path):
     assert chat_texts(directory, cut)[1:] == ["a<|im_end|>", "b"]
 
 
+def test_the_prompt_is_what_the_model_was_sampled_with(tmp_path):
+    """With thinking off Qwen3's template puts an empty thought before the answer; training must show the same."""
+    thought = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}" + thought
+    directory = chat_tokenizer(tmp_path / "tokenizer", template=template)
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    assert chat_texts(directory, path)[0] == chat_texts(directory, path, thinking="on")[0] == "q<|im_end|>"
+    assert chat_texts(directory, path, thinking="off") == ["q<|im_end|><think></think>", "a<|im_end|>", "b<|im_end|>"]
+    with pytest.raises(UserError, match=r"rpo\.thinking=off is a chat template's switch: set rpo\.template=chat"):
+        load_pairs(config(path, template="plain", thinking="off"), directory, cut_length=999)
+    old = chat_tokenizer(tmp_path / "old")
+    with pytest.raises(UserError, match="the chat template has no switch `enable_thinking`"):
+        chat_texts(old, path, thinking="off")
+
+
 def test_a_template_that_ends_no_turn_takes_the_tokenizers_eos(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})

@@ -291,7 +291,7 @@ def test_validation_is_drawn_beside_training(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "2.000 (3)" in page
     dots = {
-        title: page[page.index(f"<h3>CPT + RPO: {title}</h3>") :].split("</svg>")[0].count("<circle")
+        title: page[page.index(f"<h3>RPO: {title}</h3>") :].split("</svg>")[0].count("<circle")
         for title in ("loss", "reward margin", "pairs ranked right", "log-probability per token")
     }
     assert dots == {"loss": 3, "reward margin": 3, "pairs ranked right": 2, "log-probability per token": 6}

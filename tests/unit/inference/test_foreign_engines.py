@@ -42,8 +42,9 @@ class LLM:
         return SimpleNamespace(outputs=[out], prompt_token_ids=[1] * 5)
     def generate(self, prompts, sampling):
         return [self._reply(t, p) for t, p in zip(prompts, sampling, strict=True)]
-    def chat(self, messages, sampling):
-        return [self._reply(m[-1]["content"], p) for m, p in zip(messages, sampling, strict=True)]
+    def chat(self, messages, sampling, **more):
+        said = f" {json.dumps(more)}" if more else ""
+        return [self._reply(m[-1]["content"] + said, p) for m, p in zip(messages, sampling, strict=True)]
 """
 
 

@@ -28,6 +28,35 @@ def test_missing_and_outdated_requirements_are_named(monkeypatch: pytest.MonkeyP
     assert "pydantic>=99" in checks[1].advice and failed(checks)
 
 
+@pytest.mark.parametrize(
+    ("versions", "python", "told"),
+    [
+        ({"megatron-core": "0.16.1"}, "3.11.7", []),
+        ({"megatron-core": "0.16.1"}, "3.12.1", []),
+        ({"megatron-core": "0.19.2", "triton": "3.6.0"}, "3.12.1", []),
+        ({"megatron-core": "0.19.2", "triton": "3.6.0+cu130"}, "3.13.0", []),
+        ({"megatron-core": "0.19.2", "triton": "3.6.0"}, "3.11.7", ["0.19.2 with python 3.11.7"]),
+        ({"megatron-core": "0.19.2"}, "3.12.1", ["0.19.2 without triton"]),
+        ({"megatron-core": "0.19.2", "triton": "2.1.0"}, "3.12.1", ["0.19.2 with triton 2.1.0"]),
+        ({}, "3.11.7", []),
+    ],
+)  # fmt: skip
+def test_versions_that_do_not_go_together_are_named(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], python: str, told: list[str]
+) -> None:
+    monkeypatch.setattr(module, "installed_version", versions.get)
+    monkeypatch.setattr(module.platform, "python_version", lambda: python)
+    checks = module.pair_checks()
+    assert [check.found for check in checks] == told
+    assert all(check.name == "megatron-core" and check.status == "fail" and check.advice for check in checks)
+
+
+def test_what_is_declared_for_another_python_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ['pydantic>=99; python_version < "3"', 'nothere>=1; python_version < "3"']
+    monkeypatch.setattr(module.importlib.metadata, "requires", lambda _: declared)
+    assert [check.status for check in module.requirement_checks()] == ["ok"]
+
+
 def test_te_on_a_machine_without_gpus_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     te = module.EXTRAS[0]

@@ -37,6 +37,20 @@ def test_an_untested_megatron_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatc
         cpu.install()
 
 
+def test_the_commit_in_a_version_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    """In a folder that is a git clone Megatron-Core puts the clone's commit behind its own version."""
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", f"{megatron.core.__version__.partition('+')[0]}+23d5ab7")
+    monkeypatch.setattr(cpu, "installed", False)
+    monkeypatch.setattr(cpu, "_MODULES", ())
+    for part in ("_redirect_random_states", "_redirect_tensor_methods", "_mend_recompute_without_te"):
+        monkeypatch.setattr(cpu, part, lambda: None)
+    assert cpu.passed_on("0.19.2+23d5ab7") == cpu.passed_on("0.19.2") != cpu.passed_on("0.16.1+23d5ab7")
+    cpu.install()
+    assert cpu.installed
+
+
 USED = """
 import ast, sys
 from megatron_medllm.parallel import cpu

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_medllm.config.layout import LayoutConfig
-from megatron_medllm.config.model import ModelConfig
+from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.planner.activations import head_gradient_bytes
 from megatron_medllm.planner.memory import activation_bytes
@@ -13,10 +13,14 @@ from megatron_medllm.planner.workload import LORA_TARGETS, Mode, Workload
 from tests.worlds.shapes import tiny_shape
 
 SHAPE = tiny_shape(hidden_size=256, num_attention_heads=8, ffn_hidden_size=704, vocab_size=1024, tie_embeddings=False)
+QWEN3 = tiny_shape(
+    hidden_size=256, num_attention_heads=8, ffn_hidden_size=704, vocab_size=1024, tie_embeddings=False, family="qwen3",
+    head_dim=64,
+)  # fmt: skip
 TOKENS = 512
 
 
-def saved_bytes(layout: LayoutConfig, *, dtype: str, lora_targets: tuple[str, ...]) -> int:
+def saved_bytes(shape: ModelShape, layout: LayoutConfig, *, dtype: str, lora_targets: tuple[str, ...]) -> int:
     """Bytes of the distinct storages, parameters apart, that the forward pass packs for its backward pass."""
     from megatron_medllm.data.microbatch import MicroBatch
     from megatron_medllm.models.adapters import add_adapters
@@ -27,7 +31,7 @@ def saved_bytes(layout: LayoutConfig, *, dtype: str, lora_targets: tuple[str, ..
 
     ranks = runtime.start(layout, seed=1)
     try:
-        chunks = build_model(ModelConfig(shape=SHAPE, dtype=dtype), layout, device=ranks.device)
+        chunks = build_model(ModelConfig(shape=shape, dtype=dtype), layout, device=ranks.device)
         initialize_weights(chunks, seed=1, tp_rank=0, tp_size=1)
         if lora_targets:
             config = AdapterConfig(rank=16, targets=lora_targets)
@@ -61,11 +65,14 @@ def saved_bytes(layout: LayoutConfig, *, dtype: str, lora_targets: tuple[str, ..
         ("none", "lora", ("linear_qkv", "linear_proj")),
     ],
 )
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["qwen2", "qwen3"])
 @pytest.mark.filterwarnings("ignore::UserWarning:megatron")
-def test_activations_are_what_autograd_saves(recompute: str, mode: Mode, lora_targets: tuple[str, ...]) -> None:
+def test_activations_are_what_autograd_saves(
+    shape: ModelShape, recompute: str, mode: Mode, lora_targets: tuple[str, ...]
+) -> None:
     layout = LayoutConfig(recompute=recompute)
     workload = Workload(
-        shape=SHAPE,
+        shape=shape,
         layout=layout,
         mode=mode,
         sequence_length=TOKENS,
@@ -73,4 +80,4 @@ def test_activations_are_what_autograd_saves(recompute: str, mode: Mode, lora_ta
         lora_targets=lora_targets or LORA_TARGETS,
     )
     planned = activation_bytes(workload, stage=0, on_cpu=True) + head_gradient_bytes(workload)
-    assert planned == pytest.approx(saved_bytes(layout, dtype="bfloat16", lora_targets=lora_targets), rel=0.05)
+    assert planned == pytest.approx(saved_bytes(shape, layout, dtype="bfloat16", lora_targets=lora_targets), rel=0.05)

@@ -20,7 +20,17 @@ from megatron_medllm.planner.workload import Workload
 
 @pytest.mark.parametrize(
     ("size", "parameters"),
-    [("0.5b", 494_032_768), ("7b", 7_615_616_512), ("72b", 72_706_203_648)],
+    [
+        ("0.5b", 494_032_768),
+        ("7b", 7_615_616_512),
+        ("72b", 72_706_203_648),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-14b", 14_768_307_200),
+        ("qwen3-32b", 32_762_123_264),
+    ],
 )
 def test_total_parameters_are_the_published_models(size: str, parameters: int) -> None:
     assert total_parameters(SIZES[size]) == parameters
@@ -30,9 +40,10 @@ def test_72b_matmul_parameters_are_71_46_billion() -> None:
     assert matmul_parameters(SIZES["72b"]) == pytest.approx(71.46e9, rel=1e-3)
 
 
-def test_one_rank_holds_every_parameter_once() -> None:
-    weights = chunk_weights(Workload(shape=SIZES["7b"], layout=LayoutConfig()), stage=0, chunk=0)
-    assert sum(w.numel for w in weights) == 7_615_616_512
+@pytest.mark.parametrize(("size", "parameters"), [("7b", 7_615_616_512), ("qwen3-8b", 8_190_735_360)])
+def test_one_rank_holds_every_parameter_once(size: str, parameters: int) -> None:
+    weights = chunk_weights(Workload(shape=SIZES[size], layout=LayoutConfig()), stage=0, chunk=0)
+    assert sum(w.numel for w in weights) == parameters
 
 
 def test_uneven_and_interleaved_stages() -> None:

@@ -184,6 +184,15 @@ def test_a_file_is_read_again_only_when_something_touched_it(tmp_path: Path, mon
     assert again.digests([path]) != digest and again.read_bytes == 1000
 
 
+def test_a_model_may_be_a_checkpoint_of_another_tool(tmp_path: Path) -> None:
+    for name in ("context/model.yaml", "weights/metadata.json", "weights/.metadata", "weights/__0_0.distcp"):
+        (tmp_path / "nemo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nemo" / name).write_text("{}")
+    found = input_files(Input("model.path", InputKind.MODEL, (str(tmp_path / "nemo"),)))
+    names = {str(path.relative_to(tmp_path / "nemo")) for path in found}
+    assert names == {"context/model.yaml", "weights/metadata.json", "weights/.metadata", "weights/__0_0.distcp"}
+
+
 @pytest.mark.parametrize(
     ("kind", "path", "message"),
     [
