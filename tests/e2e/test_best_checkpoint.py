@@ -223,6 +223,18 @@ def test_a_damaged_best_is_passed_over(place: Path, tmp_path: Path, overfitted: 
     assert read_json(tmp_path / "rpo" / "exported.json")["step"] == 30
 
 
+def test_a_damaged_newest_does_not_crowd_out_what_is_saved_after_it(
+    place: Path, tmp_path: Path, overfitted: Path, monkeypatch
+) -> None:
+    shutil.copytree(overfitted, tmp_path / "rpo")
+    (tmp_path / "rpo" / "checkpoints" / "step-00000030" / "state.json").write_text("{}")
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", "0.001")
+    best = best_of(overfitted)
+    for step in (best + 1, best + 2):
+        assert train(run_config(settings(place, tmp_path))) == REQUEUE_EXIT_CODE
+        assert kept(tmp_path / "rpo") == [best, step, 30]
+
+
 def test_other_questions_held_out_are_another_run(place: Path, tmp_path: Path, overfitted: Path) -> None:
     shutil.copytree(overfitted, tmp_path / "rpo")
     with pytest.raises(UserError, match="checkpoint of another run: held_out"):
