@@ -64,8 +64,8 @@ def added_bytes(work: Callable[[], None]) -> int:
 
 def measure(shape: ModelShape, dtype: str, directory: Path) -> dict[str, Any]:
     """One rank's part: planned and measured bytes."""
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(dp=int(os.environ["WORLD_SIZE"]))
     ranks = runtime.start(layout, seed=1)

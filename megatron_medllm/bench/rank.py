@@ -24,7 +24,7 @@ from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import CptConfig, RpoConfig
 from megatron_medllm.data.microbatch import MicroBatch
 from megatron_medllm.errors import UserError
-from megatron_medllm.models.qwen25 import unwrap
+from megatron_medllm.models.gpt import unwrap
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.runtime import Runtime

@@ -13,7 +13,7 @@ from megatron_medllm.checkpoint.hf_writer import export_hf
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.data.reference import ReferenceCache
-from megatron_medllm.models.qwen25 import global_parameters, unwrap
+from megatron_medllm.models.gpt import global_parameters, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.gradients import reduced_gradients
 from megatron_medllm.parallel.overlap import gather_parameters

@@ -9,8 +9,8 @@ from torch import nn
 from megatron_medllm.checkpoint.names import weight_of_parameter
 from megatron_medllm.checkpoint.open_model import open_weights
 from megatron_medllm.config.model import ModelShape
+from megatron_medllm.models.gpt import PackedGPTModel
 from megatron_medllm.models.materialize import Fill, fill_parameters
-from megatron_medllm.models.qwen25 import Qwen25Model
 
 
 def load_hf_weights(
@@ -47,7 +47,7 @@ def hf_values(model_dir: Path, shape: ModelShape, *, dtype: torch.dtype, tp_rank
     if not dist.is_initialized() or dist.get_rank() == 0:
         weights.tell_rounding(dtype)
 
-    def fill(chunk: Qwen25Model, name: str, parameter: nn.Parameter) -> None:
+    def fill(chunk: PackedGPTModel, name: str, parameter: nn.Parameter) -> None:
         weight = weight_of_parameter(name, shape)
         if weight is None:
             raise ValueError(f"{name} is no part of an HF model; load the weights before adding adapters")

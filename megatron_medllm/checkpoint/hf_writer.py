@@ -23,7 +23,7 @@ from megatron_medllm.checkpoint.safetensors_file import byte_view
 from megatron_medllm.config.model import ModelShape
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import merged_parameters
-from megatron_medllm.models.qwen25 import unwrap
+from megatron_medllm.models.gpt import unwrap
 from megatron_medllm.parallel.overlap import gather_parameters
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import full_disk_error

@@ -100,7 +100,7 @@ def weight_of_parameter(name: str, shape: ModelShape) -> Weight | None:
     """The table's row for a parameter, or None for a parameter that HF models lack.
 
     Args:
-        name: as in `models.qwen25.global_parameters` (layers numbered over the whole model), in either backend's
+        name: as in `models.gpt.global_parameters` (layers numbered over the whole model), in either backend's
             spelling.
         shape: with tied embeddings the last pipeline stage's `output_layer` holds a copy of the embedding.
     """

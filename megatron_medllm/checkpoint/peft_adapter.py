@@ -27,7 +27,7 @@ from megatron_medllm.config.model import ModelShape
 from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import LINEARS
-from megatron_medllm.models.qwen25 import global_parameters, unwrap
+from megatron_medllm.models.gpt import global_parameters, unwrap
 from megatron_medllm.storage import full_disk_error, read_json, write_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"

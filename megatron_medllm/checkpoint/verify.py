@@ -222,7 +222,7 @@ def _fill(chunks: list, opened: OpenCheckpoint) -> None:
 
 
 def _build(shape: ModelShape, layout: LayoutConfig, dtype: torch.dtype, device: torch.device) -> list:
-    from megatron_medllm.models.qwen25 import build_model
+    from megatron_medllm.models.gpt import build_model
 
     model = ModelConfig(shape=shape, dtype="float32" if dtype is torch.float32 else "bfloat16")
     return build_model(model, layout, device=device)

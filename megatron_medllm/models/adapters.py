@@ -43,8 +43,8 @@ from megatron_medllm.config.train import AdapterConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.folded_lora import folded_linear
 from megatron_medllm.models.frozen_base import FORMATS, FrozenWeight
+from megatron_medllm.models.gpt import PackedGPTModel, global_parameters
 from megatron_medllm.models.materialize import Fill, materialize, parts_beside_layers
-from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters
 from megatron_medllm.parallel.context import WHOLE, ContextSplit
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def add_adapters(
-    chunks: Iterable[Qwen25Model],
+    chunks: Iterable[PackedGPTModel],
     config: AdapterConfig,
     *,
     seed: int,
@@ -356,7 +356,7 @@ def adapted_linears(chunks: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
         yield from (module for module in chunk.modules() if isinstance(module, AdaptedLinear))
 
 
-def merged_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(chunk: PackedGPTModel) -> Iterator[tuple[str, Tensor]]:
     """The chunk as a model without adapters, one tensor at a time, under the names of `global_parameters`.
 
     Merged weights and those of an FP8 or NF4 base are fp32, others as they are. Values are the adapted model's own:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_medllm.models.gpt import PackedGPTModel
 from megatron_medllm.models.materialize import Fill, fill_parameters
-from megatron_medllm.models.qwen25 import Qwen25Model
 
 
 def initialize_weights(
@@ -34,7 +34,7 @@ def initialize_weights(
 def random_values(*, seed: int, tp_rank: int, tp_size: int, device: torch.device | None = None) -> Fill:
     """Fills one parameter; arguments as in `initialize_weights`."""
 
-    def fill(chunk: Qwen25Model, name: str, parameter: nn.Parameter) -> None:
+    def fill(chunk: PackedGPTModel, name: str, parameter: nn.Parameter) -> None:
         if name.endswith("bias"):
             parameter.zero_()
         elif "layernorm" in name or name.endswith("layer_norm_weight"):  # the latter are TE's, fused into linears
@@ -46,7 +46,7 @@ def random_values(*, seed: int, tp_rank: int, tp_size: int, device: torch.device
     return fill
 
 
-def _draw(chunk: Qwen25Model, name: str, *, seed: int, device: torch.device) -> Callable[..., Tensor]:
+def _draw(chunk: PackedGPTModel, name: str, *, seed: int, device: torch.device) -> Callable[..., Tensor]:
     """Standard normal numbers in a given shape, the same for a parameter's name on every rank."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
@@ -56,7 +56,7 @@ def _draw(chunk: Qwen25Model, name: str, *, seed: int, device: torch.device) -> 
 
 
 def _random_slice(
-    chunk: Qwen25Model, name: str, parameter: Tensor, draw: Callable[..., Tensor], *, tp_rank: int, tp_size: int
+    chunk: PackedGPTModel, name: str, parameter: Tensor, draw: Callable[..., Tensor], *, tp_rank: int, tp_size: int
 ) -> Tensor:
     config, shape = chunk.config, chunk.shape
     std = config.init_method_std

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from megatron_medllm.models.qwen25 import Qwen25Model, global_parameters, unwrap
+from megatron_medllm.models.gpt import PackedGPTModel, global_parameters, unwrap
 
 # (chunk, global name, parameter): puts the starting values into the parameter
-Fill = Callable[[Qwen25Model, str, nn.Parameter], None]
+Fill = Callable[[PackedGPTModel, str, nn.Parameter], None]
 
 
 @torch.no_grad()
@@ -24,14 +24,14 @@ def fill_parameters(chunks: Iterable[nn.Module], fill: Fill) -> None:
             fill(chunk, name, parameter)
 
 
-def parts_beside_layers(chunk: Qwen25Model) -> list[nn.Module]:
+def parts_beside_layers(chunk: PackedGPTModel) -> list[nn.Module]:
     """What a chunk has beside its layers: embedding, last norm, head. Large, and not quantized."""
     parts = [*chunk.children(), *chunk.decoder.children()]
     return [part for part in parts if part is not chunk.decoder and part is not chunk.decoder.layers]
 
 
 @torch.no_grad()
-def materialize(part: nn.Module, chunk: Qwen25Model, fill: Fill, *, device: torch.device) -> None:
+def materialize(part: nn.Module, chunk: PackedGPTModel, fill: Fill, *, device: torch.device) -> None:
     """Storage on `device` and starting values for the parameters of `part` that have none; others stay as they are.
 
     Args:

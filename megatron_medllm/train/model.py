@@ -11,10 +11,10 @@ from megatron_medllm.config.train import AdapterConfig, Fp8Recipe
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.adapters import add_adapters
 from megatron_medllm.models.attention_choice import choose_attention
+from megatron_medllm.models.gpt import build_model, unwrap
 from megatron_medllm.models.initialize import random_values
 from megatron_medllm.models.materialize import Fill, fill_parameters
 from megatron_medllm.models.mlp import choose_swiglu
-from megatron_medllm.models.qwen25 import build_model, unwrap
 from megatron_medllm.parallel.runtime import Runtime
 
 

@@ -15,7 +15,7 @@ from megatron_medllm.corpus.blend import read_blend
 from megatron_medllm.corpus.tokenizer import describe_tokenizer
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.config import DTYPES
-from megatron_medllm.models.qwen25 import unwrap
+from megatron_medllm.models.gpt import unwrap
 from megatron_medllm.parallel import mcore
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.storage import write_json

@@ -58,7 +58,7 @@ def train(job: dict[str, Any]) -> None:
     from megatron_medllm.checkpoint.peft_adapter import load_adapter, read_peft
     from megatron_medllm.models.adapters import add_adapters
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.train.one_step import forward_backward
 
     layout = LayoutConfig(**job["layout"])
@@ -102,7 +102,7 @@ def train(job: dict[str, Any]) -> None:
 def fill_b(models: list[Any], *, tp_rank: int, tp_size: int) -> None:
     """Random B, the same in every layout: with B zero, A would have no gradient."""
     from megatron_medllm.models.adapters import LINEARS
-    from megatron_medllm.models.qwen25 import global_parameters
+    from megatron_medllm.models.gpt import global_parameters
 
     for model in models:
         for name, parameter in global_parameters(model):
@@ -118,7 +118,7 @@ def fill_b(models: list[Any], *, tp_rank: int, tp_size: int) -> None:
 
 def collect_gradients(models: list[Any]) -> dict[str, Tensor]:
     """The last step's gradients by global name: this rank's slices."""
-    from megatron_medllm.models.qwen25 import global_parameters
+    from megatron_medllm.models.gpt import global_parameters
 
     return {
         name: parameter.main_grad.clone()

@@ -18,7 +18,7 @@ from megatron_medllm.checkpoint.state_writer import StateWriter
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.models.qwen25 import build_model
+from megatron_medllm.models.gpt import build_model
 from megatron_medllm.parallel import mcore, runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from tests.worlds.ranks import next_rendezvous

@@ -22,7 +22,7 @@ def no_row_all_reduce():
 
 @fault("the head's d hidden is not summed over the vocabulary's slices", TP, "gradients, step 1")
 def no_head_all_reduce():
-    from megatron_medllm.models.qwen25 import tensor_parallel
+    from megatron_medllm.models.gpt import tensor_parallel
 
     return patch.object(tensor_parallel, "copy_to_tensor_model_parallel_region", lambda x, group=None: x)
 
@@ -79,19 +79,19 @@ def head_norms_not_reduced():
 
 @fault("the second rank's slice of the vocabulary starts one word early", TP, "losses")
 def vocabulary_offset():
-    from megatron_medllm.models import qwen25
+    from megatron_medllm.models import gpt
 
     def make(original: Callable) -> Callable:
         return lambda *args, vocab_start, **more: original(*args, vocab_start=max(vocab_start - 1, 0), **more)
 
-    return wrap(qwen25, "fused_linear_logprob", make)
+    return wrap(gpt, "fused_linear_logprob", make)
 
 
 @fault("split weights are not marked: the norm counts the first rank's slice", TP, "gradient norms")
 def unmarked_split():
-    from megatron_medllm.models import qwen25
+    from megatron_medllm.models import gpt
 
-    return patch.object(qwen25, "_mark_split_weights", lambda model: None)
+    return patch.object(gpt, "_mark_split_weights", lambda model: None)
 
 
 @fault("an adapter's replicated half is not reduced over the ranks' slices of the sequence", SP, "gradients, step 3",

@@ -120,7 +120,7 @@ def rejected_sees_chosen():
 
 @fault("the loss is the mean of the micro-batches' means", {}, "transformers: gradients, step 1")
 def mean_of_means():
-    from megatron_medllm.models import qwen25
+    from megatron_medllm.models import gpt
 
     def make(original: Callable) -> Callable:
         def config(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +130,7 @@ def mean_of_means():
 
         return config
 
-    return wrap(qwen25, "transformer_config", make)
+    return wrap(gpt, "transformer_config", make)
 
 
 # ---- recomputation, checkpoints, export
@@ -139,7 +139,7 @@ def mean_of_means():
 @fault("recomputing drops the first layer's adapter gradients", DP | {"recompute": "full"},
        "gradients, step 1", section=LORA)  # fmt: skip
 def recompute_drops():
-    from megatron_medllm.models.qwen25 import Qwen25Model
+    from megatron_medllm.models.gpt import PackedGPTModel
 
     def make(original: Callable) -> Callable:
         def preprocess(self: Any, *args: Any, **kwargs: Any) -> tuple:
@@ -148,7 +148,7 @@ def recompute_drops():
 
         return preprocess
 
-    return wrap(Qwen25Model, "_preprocess", make)
+    return wrap(PackedGPTModel, "_preprocess", make)
 
 
 @fault("gate and up are stored as one tensor's slices", TP, "save loaded into one process: weights")

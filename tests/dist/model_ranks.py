@@ -24,7 +24,7 @@ SHAPE = tiny_shape(num_layers=3, hidden_size=256, ffn_hidden_size=FFN, vocab_siz
 def train(job: dict[str, Any]) -> None:
     """Take three steps and leave the losses; what pads the FFN must still be zero."""
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.train.one_step import forward_backward
 
     layout = LayoutConfig(**job["layout"])

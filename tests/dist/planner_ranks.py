@@ -19,7 +19,7 @@ def held_bytes(case: dict[str, Any]) -> dict[str, int]:
     """Bytes of weights, gradients, main weights and moments on this rank, after one optimizer step."""
     from megatron_medllm.models.adapters import add_adapters
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
 
     next_rendezvous()
     layout = LayoutConfig(**case["layout"])

@@ -29,7 +29,7 @@ SHAPE = ModelShape.model_validate(ODD_SHAPE | {"tie_embeddings": True})
 def built(layout: LayoutConfig, *, dtype: str = "bfloat16", timeout_s: float = 60) -> tuple[Any, list[Any], Any]:
     """A model and its optimizer after a step with made-up gradients."""
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
 
     ranks = runtime.start(layout, seed=7, timeout_s=timeout_s)
     chunks = build_model(ModelConfig(shape=SHAPE, dtype=dtype), layout, device=ranks.device)

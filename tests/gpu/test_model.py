@@ -68,8 +68,8 @@ def test_flash_attention_of_a_context_rank_is_that_of_the_whole_stream(rank: int
 
 
 def test_bf16_and_fp8_models_are_near_the_fp32_one():
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     here = runtime.start(LayoutConfig(), seed=0)
     try:
@@ -103,8 +103,8 @@ def test_bf16_and_fp8_models_are_near_the_fp32_one():
 
 def test_random_weights_are_drawn_on_the_gpu():
     """The same in any layout, and of the configured spread."""
+    from megatron_medllm.models.gpt import build_model, global_parameters, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
 
     here = runtime.start(LayoutConfig(), seed=0)
     try:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
+from megatron_medllm.models.gpt import build_model, global_parameters, unwrap
 from megatron_medllm.models.initialize import initialize_weights
-from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences
 from tests.worlds.head import relative_error

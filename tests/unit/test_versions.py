@@ -27,7 +27,7 @@ def test_others_are_refused_in_one_line_with_the_tested_ones(version: str) -> No
     versions.refuse_untested(version, {"MEDLLM_UNTESTED_MCORE": "1"})
 
 
-@pytest.mark.parametrize("package", ["parallel", "models.qwen25", "train.setup", "checkpoint.state_writer"])
+@pytest.mark.parametrize("package", ["parallel", "models.gpt", "train.setup", "checkpoint.state_writer"])
 def test_it_is_refused_before_a_line_of_it_runs(package: str) -> None:
     code = f"""
 import importlib.metadata, sys

@@ -9,7 +9,7 @@ from megatron_medllm.config.run import RunConfig
 
 def first_step(run: RunConfig) -> dict[str, Any]:
     """Metrics and gradients of the first step, before any update; gradients are this rank's slices."""
-    from megatron_medllm.models.qwen25 import global_parameters, unwrap
+    from megatron_medllm.models.gpt import global_parameters, unwrap
     from megatron_medllm.parallel import runtime
     from megatron_medllm.parallel.reduce import sum_metrics
     from megatron_medllm.train.one_step import forward_backward

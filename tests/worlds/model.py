@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 def build_tiny(shape: ModelShape, *, dtype: str = "float32", ffn_multiple: int | None = None, **built: Any) -> Any:
     """The unwrapped model with weights that depend on their names alone; `built` goes to `build_model`."""
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     config = ModelConfig(shape=shape, dtype=dtype, init_std=0.1, ffn_multiple=ffn_multiple)
     chunks = build_model(config, LayoutConfig(), device=CPU, **built)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_medllm.checkpoint.hf_reader import load_hf_weights
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig
-from megatron_medllm.models.qwen25 import build_model, unwrap
+from megatron_medllm.models.gpt import build_model, unwrap
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 

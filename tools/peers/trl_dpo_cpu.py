@@ -201,14 +201,14 @@ def run_config(arguments: argparse.Namespace, *, row: str = "ours") -> Any:
 
 
 def measure_ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_medllm.models import qwen25
+    from megatron_medllm.models import gpt
     from megatron_medllm.parallel import runtime
     from megatron_medllm.train.one_step import run_step
     from megatron_medllm.train.setup import build_trainer
     from megatron_medllm.train.throughput import StepClock
 
     if arguments.row == "ours, logits written out":
-        qwen25.fused_linear_logprob = written_out  # type: ignore[assignment]
+        gpt.fused_linear_logprob = written_out  # type: ignore[assignment]
     run = run_config(arguments, row=arguments.row)
     imports_mib = resident_mib()
     ranks = runtime.start(run.layout, seed=0)

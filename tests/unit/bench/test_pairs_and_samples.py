@@ -134,8 +134,8 @@ def test_forward_flops_are_a_third_of_full_training(tmp_path: Path) -> None:
 
 def test_weights_may_be_drawn_elsewhere_than_where_they_are(tmp_path: Path) -> None:
     """The same numbers whether the device is named or not; on a GPU machine `tests/gpu` draws there."""
+    from megatron_medllm.models.gpt import build_model, global_parameters, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, global_parameters, unwrap
     from megatron_medllm.parallel import runtime
 
     run = recipe(tmp_path)

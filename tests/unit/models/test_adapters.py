@@ -30,8 +30,8 @@ def one_process() -> Iterator[None]:
 
 def build(dtype: str = "float32", recompute: str = "none", **adapter: Any) -> Any:
     from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(recompute=recompute)
     chunks = build_model(ModelConfig(shape=SHAPE, dtype=dtype), layout, device=torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_at_the_start_the_model_is_its_base(dtype: str):
 @torch.no_grad()
 def copy_merged(adapted: Any, plain: Any) -> None:
     from megatron_medllm.models.adapters import merged_parameters
-    from megatron_medllm.models.qwen25 import global_parameters
+    from megatron_medllm.models.gpt import global_parameters
 
     merged = dict(merged_parameters(adapted))
     for name, parameter in global_parameters(plain):
@@ -121,7 +121,7 @@ def copy_merged(adapted: Any, plain: Any) -> None:
 @pytest.mark.parametrize("base", ["bf16", "fp8"])
 def test_merged_model_equals_adapted_model(base: str):
     from megatron_medllm.models.adapters import merged_parameters
-    from megatron_medllm.models.qwen25 import global_parameters
+    from megatron_medllm.models.gpt import global_parameters
 
     adapted = build(rank=4, base=base)
     fill_b(adapted)

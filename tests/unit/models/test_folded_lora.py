@@ -125,7 +125,7 @@ def test_a_trained_base_is_refused():
 
 
 def adapted(products: Any, *, base: str = "bf16", dtype: str = "float32", recompute: str = "none") -> Any:
-    from megatron_medllm.models.qwen25 import unwrap
+    from megatron_medllm.models.gpt import unwrap
 
     model = build_tiny(SHAPE, dtype=dtype)
     model.config.recompute_granularity = "full" if recompute == "full" else None

@@ -47,7 +47,7 @@ def train(model: Any, steps: int, *, lr: float = 3e-3) -> list[float]:
     """Losses of Megatron's own optimizer and schedule, as the training loop calls them."""
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_medllm.models.qwen25 import unwrap
+    from megatron_medllm.models.gpt import unwrap
 
     layout = LayoutConfig()
     chunks = mcore.wrap_ddp(
@@ -136,7 +136,7 @@ def test_padding_stays_zero_in_fp8_training():
 
 
 def test_padding_is_read_over_and_stripped_on_export(tmp_path: Path, one_process: Runtime):
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
 
     shape = twin_shape("72b")
     hf_dir = write_twin(tmp_path / "hf", shape, dtype=torch.float32, shards=1)
@@ -152,7 +152,7 @@ def test_padding_is_read_over_and_stripped_on_export(tmp_path: Path, one_process
 def test_an_adapter_on_a_padded_base_is_the_same_adapter():
     from megatron_medllm.checkpoint.peft_adapter import Adapter, load_adapter
     from megatron_medllm.models.adapters import add_adapters
-    from megatron_medllm.models.qwen25 import global_parameters
+    from megatron_medllm.models.gpt import global_parameters
 
     models = []
     for width in ({}, {"fp8_weights": True}):

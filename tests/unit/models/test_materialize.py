@@ -37,8 +37,8 @@ def at_once(run: RunConfig, ranks: Runtime) -> list[Any]:
     """The whole model in bf16, then quantized."""
     from megatron_medllm.checkpoint.hf_reader import load_hf_weights
     from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     adapter, tp = run.stage_config().adapter, {"tp_rank": ranks.tp_rank, "tp_size": run.layout.tp}
     assert adapter is not None

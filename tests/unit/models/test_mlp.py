@@ -31,8 +31,8 @@ def one_process() -> Iterator[None]:
 
 def build(recompute: str, *, adapter: dict[str, Any] | None, dtype: str = "float32", fp8: bool = False) -> Any:
     from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(recompute=recompute)
     cpu = torch.device("cpu")

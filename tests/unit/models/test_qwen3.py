@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_medllm.checkpoint.foreign.bridge_out import import_to_bridge
 from megatron_medllm.checkpoint.hf_target import hf_config
 from megatron_medllm.config.families import FAMILIES
 from megatron_medllm.config.layout import LayoutConfig
@@ -137,3 +138,13 @@ def test_attentions_work_goes_by_the_width_of_the_heads():
 
 def test_a_config_of_the_4_spelling_is_what_the_twins_have(tmp_path: Path):
     assert shape_from_hf_config(write_config(tmp_path, SIZES["qwen3-8b"])) == SIZES["qwen3-8b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"), [({}, "Qwen3"), ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "YaRN")]
+)
+def test_a_checkpoint_for_bridge_is_refused_before_anything_is_written(tmp_path: Path, changes: dict, what: str):
+    read(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"{what}; Bridge's settings are written for Qwen2.5"):
+        import_to_bridge(tmp_path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -15,7 +15,7 @@ from megatron_medllm.config.rope import Yarn
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.rope import rotation_angles
 from megatron_medllm.models.config import transformer_config
-from megatron_medllm.models.qwen25 import build_model
+from megatron_medllm.models.gpt import build_model
 from megatron_medllm.models.yarn import yarn_frequencies
 from megatron_medllm.parallel import runtime
 from megatron_medllm.parallel.packed import PackedSequences, Segment

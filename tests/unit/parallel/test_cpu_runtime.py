@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.parallel import adam, cpu, runtime
+from megatron_medllm.versions import installed
 
 
 def run_alone(code: str) -> "subprocess.CompletedProcess[str]":
@@ -37,18 +39,22 @@ def test_an_untested_megatron_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatc
         cpu.install()
 
 
-def test_the_commit_in_a_version_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+def test_the_commit_in_a_version_is_passed_over():
     """In a folder that is a git clone Megatron-Core puts the clone's commit behind its own version."""
-    import megatron.core
-
-    monkeypatch.setattr(megatron.core, "__version__", f"{megatron.core.__version__.partition('+')[0]}+23d5ab7")
-    monkeypatch.setattr(cpu, "installed", False)
-    monkeypatch.setattr(cpu, "_MODULES", ())
-    for part in ("_redirect_random_states", "_redirect_tensor_methods", "_mend_recompute_without_te"):
-        monkeypatch.setattr(cpu, part, lambda: None)
     assert cpu.passed_on("0.19.2+23d5ab7") == cpu.passed_on("0.19.2") != cpu.passed_on("0.16.1+23d5ab7")
-    cpu.install()
-    assert cpu.installed
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_a_clone_makes_no_other_version(tmp_path: Path):
+    for command in ("init", "add .", "-c user.name=a -c user.email=a@b commit --allow-empty -m x"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    code = "from megatron import core; from megatron_medllm.parallel import cpu; cpu.install(); print(core.__version__)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(installed("megatron-core"))
 
 
 USED = """

@@ -93,8 +93,8 @@ def test_copies_between_dtypes():
 
 def build(choice: Any, *, dtype: str, adapter: bool, distributed: bool) -> tuple[list[nn.Module], Any]:
     from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     layout = LayoutConfig(distributed_optimizer=distributed)
     chunks = build_model(ModelConfig(shape=SHAPE, dtype=dtype), layout, device=torch.device("cpu"))
@@ -172,7 +172,7 @@ def test_what_runs_is_what_was_chosen(caplog: pytest.LogCaptureFixture):
 
 def test_a_rank_without_parameters_steps_too():
     """A pipeline stage with nothing to train has an optimizer without parameters, and still takes part in the norm."""
-    from megatron_medllm.models.qwen25 import build_model, unwrap
+    from megatron_medllm.models.gpt import build_model, unwrap
 
     layout = LayoutConfig()
     chunks = build_model(ModelConfig(shape=SHAPE, dtype="bfloat16"), layout, device=torch.device("cpu"))

@@ -24,8 +24,8 @@ def saved_bytes(shape: ModelShape, layout: LayoutConfig, *, dtype: str, lora_tar
     """Bytes of the distinct storages, parameters apart, that the forward pass packs for its backward pass."""
     from megatron_medllm.data.microbatch import MicroBatch
     from megatron_medllm.models.adapters import add_adapters
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
     from megatron_medllm.parallel import runtime
     from megatron_medllm.parallel.packed import Segment
 

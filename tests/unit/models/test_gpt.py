@@ -154,8 +154,8 @@ def test_padded_vocabulary_is_no_part_of_any_softmax():
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_gradient(recompute: str):
+    from megatron_medllm.models.gpt import build_model, unwrap
     from megatron_medllm.models.initialize import initialize_weights
-    from megatron_medllm.models.qwen25 import build_model, unwrap
 
     found = []
     for layout in (LayoutConfig(), LayoutConfig(recompute=recompute)):

@@ -31,7 +31,7 @@ from megatron_medllm.parallel.overlap import await_parameters
 from megatron_medllm.parallel.packed import PackedSequences
 
 
-class Qwen25Model(GPTModel):
+class PackedGPTModel(GPTModel):
     """One pipeline stage over packed sequences."""
 
     def __init__(
@@ -177,7 +177,7 @@ def build_model(
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     with device if device.type == "meta" else nullcontext():
         chunks: list[nn.Module] = [
-            Qwen25Model(
+            PackedGPTModel(
                 config,
                 shape,
                 backend=model.backend,
@@ -190,15 +190,15 @@ def build_model(
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
 
-def unwrap(module: nn.Module) -> Qwen25Model:
-    """The Qwen25Model inside DDP and Float16Module."""
+def unwrap(module: nn.Module) -> PackedGPTModel:
+    """The PackedGPTModel inside DDP and Float16Module."""
     inner: Any = module
-    while not isinstance(inner, Qwen25Model):
+    while not isinstance(inner, PackedGPTModel):
         inner = inner.module
     return inner
 
 
-def global_parameters(chunk: Qwen25Model) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(chunk: PackedGPTModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters under names that hold in every layout: layers are numbered from 0 over the whole model."""
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     for name, parameter in chunk.named_parameters():
