@@ -16,7 +16,10 @@ def training_section(run: FinishedRun, *, hardware: str | None) -> list[str]:
     names = run.lineage()
     metrics = read_trainings(run.directory, names)
     facts = {name: training_facts(metrics[name]) if name in metrics else {} for name in names}
-    columns = [_settings(run, name) | _results(facts[name]) | {"time": _time(run, name)} for name in names]
+    columns = [
+        _settings(run, name) | _results(facts[name]) | _exported(run, name) | {"time": _time(run, name)}
+        for name in names
+    ]
     settings = dict.fromkeys(key for column in columns for key in column)
     rows = [[key, *(column.get(key, "–") for column in columns)] for key in settings]
     lines = ["## Training", "", *markdown_table(["", *names], rows), ""]
@@ -60,6 +63,13 @@ def _results(facts: dict[str, Any]) -> dict[str, str]:
     if facts["validation_loss"] is not None:
         found["validation loss"] = f"{facts['validation_loss']:.3f}"
     return found
+
+
+def _exported(run: FinishedRun, name: str) -> dict[str, str]:
+    found = run.exported(name)
+    if not found or found["step"] == found["ended"]:
+        return {}
+    return {"exported step": f"{count(found['step'])}, the best by {found['metric']}"}
 
 
 def _time(run: FinishedRun, name: str) -> str:

@@ -117,13 +117,20 @@ class Inventory:
         hf_dir = self._run.hf_dir(training)
         if not hf_dir.is_dir():
             raise UserError(f"chain: stage {stage} is missing: {hf_dir}: no such directory")
-        for folder in sorted((self._run.directory / training / "checkpoints").glob(_STEP))[-1:]:
+        self._add(stage, [path for path in [self._run.exported_path(training)] if path.is_file()])
+        for folder in self._checkpoint(training):
             path = folder / _CHECKPOINT_DIGESTS
             recorded = {folder / name: digest for name, digest in read_json(path).items()} if path.is_file() else {}
             self.recorded |= recorded
             self._add(stage, [path, *recorded] if recorded else sorted(p for p in folder.rglob("*") if p.is_file()))
         self._add(stage, [*weight_files(hf_dir), *_beside_weights(hf_dir)])
         self._add_record(stage, training)
+
+    def _checkpoint(self, training: str) -> list[Path]:
+        """The checkpoint that the export was made of: the best step's, or else the newest; none where none is kept."""
+        kept = sorted((self._run.directory / training / "checkpoints").glob(_STEP))
+        step = self._run.exported(training).get("step")
+        return [folder for folder in kept if step is None or folder.name == f"step-{step:08d}"][-1:]
 
     def _preference_data(self, suffix: str) -> None:
         run, name = self._run, f"pairs{suffix}"

@@ -56,6 +56,15 @@ class FinishedRun:
         """What a training exported."""
         return self.directory / training / "hf"
 
+    def exported_path(self, training: str) -> Path:
+        """Where a training says which step its export is; runs of earlier versions do not."""
+        return self.directory / training / "exported.json"
+
+    def exported(self, training: str) -> dict[str, Any]:
+        """What it says: `step`, `ended`, `metric`, `value`; empty where it says nothing."""
+        path = self.exported_path(training)
+        return dict(read_json(path)) if path.is_file() else {}
+
     def lineage(self) -> list[str]:
         """The trainings that led to the model, itself the last."""
         names = [name for name in trainings(self.config) if name not in CONTROLS]

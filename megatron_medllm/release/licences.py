@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megatron_medllm.config.model import SIZES
+from megatron_medllm.config.families import FAMILIES
 from megatron_medllm.errors import UserError
 from megatron_medllm.storage import read_json
 
@@ -63,9 +63,8 @@ QWEN = Licence(
     notice="Qwen is licensed under the Qwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud. All Rights Reserved.",
     is_custom=True,
 )
-_OF_SIZE = {"3b": QWEN_RESEARCH, "72b": QWEN}
-_SIZE_NAMES = {"0.5b": "0.5B", "1.5b": "1.5B", "3b": "3B", "7b": "7B", "14b": "14B", "32b": "32B", "72b": "72B"}
-_QWEN3_SIZES = {(28, 1024), (28, 2048), (36, 2560), (36, 4096), (40, 5120), (64, 5120)}  # layers, hidden size
+_OF_SIZE = {"Qwen2.5-3B": QWEN_RESEARCH, "Qwen2.5-72B": QWEN}
+_MINIATURE = "mini"  # a size of ours, published by nobody
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def base_model(directory: Path, *, hub_id: str | None, licence: str | None) -> B
     published = _published(directory, found)
     told = None if licence is None else licence_named(licence)
     written = told or _card_licence(directory)
-    chosen = written or published
+    same = written is not None and published is not None and written.identifier == published.identifier
+    chosen = published if same else written or published  # ours has the link and the notice
     if published is not None and not published.is_permissive and (written is None or written.is_permissive):
         if told is not None:
             raise UserError(
@@ -177,35 +177,33 @@ def _hub_id(directory: Path) -> str | None:
     for part in directory.absolute().parts:
         if part.startswith("models--") and part.count("--") == 2:
             return "/".join(part.split("--")[1:])
-    size = _qwen25_size(_config(directory))
-    name = directory.name
-    if size is not None and re.fullmatch(rf"(?i)qwen2\.5-{re.escape(_SIZE_NAMES[size])}(-instruct)?", name):
-        instruct = "-Instruct" if name.lower().endswith("-instruct") else ""
-        return f"Qwen/Qwen2.5-{_SIZE_NAMES[size]}{instruct}"
+    size = _published_size(_config(directory))
+    if size is not None:
+        found = re.fullmatch(rf"(?i){re.escape(size)}(-instruct|-base)?", directory.name)
+        if found is not None:
+            return f"Qwen/{size}{(found.group(1) or '').title()}"
     return None
 
 
 def _published(directory: Path, hub_id: str | None) -> Licence | None:
-    config = _config(directory)
-    size = _qwen25_size(config)
-    if size is not None:
-        licence = _OF_SIZE.get(size, APACHE)
-        is_qwens = hub_id is not None and hub_id.startswith("Qwen/")
-        name = hub_id if is_qwens else f"Qwen/Qwen2.5-{_SIZE_NAMES[size]}"
-        return replace(licence, link=f"{_HUB}{name}/blob/main/LICENSE") if licence.is_custom else licence
-    sizes = (config.get("num_hidden_layers"), config.get("hidden_size"))
-    return APACHE if config.get("model_type") == "qwen3" and sizes in _QWEN3_SIZES else None
-
-
-def _qwen25_size(config: dict[str, Any]) -> str | None:
-    if config.get("model_type") != "qwen2":
+    size = _published_size(_config(directory))
+    if size is None:
         return None
-    found = (config.get("num_hidden_layers"), config.get("hidden_size"), config.get("intermediate_size"))
-    sizes = {size: SIZES[size] for size in _SIZE_NAMES}
-    return next(
-        (size for size, s in sizes.items() if (s.num_layers, s.hidden_size, s.ffn_hidden_size) == found),
-        None,
-    )
+    licence = _OF_SIZE.get(size, APACHE)
+    name = hub_id if hub_id is not None and hub_id.startswith("Qwen/") else f"Qwen/{size}"
+    return replace(licence, link=f"{_HUB}{name}/blob/main/LICENSE") if licence.is_custom else licence
+
+
+def _published_size(config: dict[str, Any]) -> str | None:
+    """`Qwen2.5-7B`: the published size that a config.json has, whatever its name; None for any other model."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    found = tuple(config.get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    if family is None:
+        return None
+    for name, size in family.sizes.items():
+        if name != _MINIATURE and (size.layers, size.hidden, size.ffn) == found:
+            return f"{family.name}-{name.rpartition('-')[2].upper()}"
+    return None
 
 
 def _config(directory: Path) -> dict[str, Any]:

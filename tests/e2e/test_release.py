@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -151,6 +152,55 @@ def test_the_card_is_read_by_the_hubs_own_parser(finished: Path, released: Path)
     assert "preference pairs: checked against the exam" in text
     assert "Stability gap" in text and "Hardware: two cores." in text
     assert read_json(released / "provenance.json")["chain_digest"] in text
+
+
+def test_a_given_base_is_part_of_the_chain_and_its_licence_binds(copied: Path, tmp_path: Path) -> None:
+    """A run that began with somebody's model: `model.path` outside of the run."""
+    base = Path(shutil.copytree(copied / "base" / "hf", tmp_path / "hospital" / "their-model"))
+    recipe = yaml.safe_load((copied / "run.yaml").read_text())
+    recipe["model"] |= {"path": str(base), "shape": None, "size": None}
+    (copied / "run.yaml").write_text(yaml.safe_dump(recipe | {"base": None}))
+    target = tmp_path / "out"
+    with pytest.raises(UserError, match="licence of the base model their-model is not known"):
+        write_release(copied, target, ReleaseOptions(licence="apache-2.0"))
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: qwen-research\n---\n")
+    with pytest.raises(UserError, match="their-model is under qwen-research"):
+        write_release(copied, target, ReleaseOptions(licence="apache-2.0"))
+    with pytest.raises(UserError, match="qwen-research asks for a copy"):
+        write_release(copied, target, ReleaseOptions())
+    assert not target.exists()
+    (base / "LICENSE").write_text("Qwen RESEARCH LICENSE AGREEMENT")
+    assert write_release(copied, target, ReleaseOptions(base_model="A/B")).licence == "qwen-research"
+    assert (target / "LICENSE").read_text() == "Qwen RESEARCH LICENSE AGREEMENT"
+    assert "Alibaba Cloud" in (target / "NOTICE").read_text()
+    card = ModelCard.load(target / "README.md")
+    assert (
+        card.data.to_dict().items()
+        >= {"license": "other", "license_name": "qwen-research", "base_model": "A/B"}.items()
+    )
+    assert "Improved using Qwen" in card.text
+    part = read_json(target / "provenance.json")["chain"][1]
+    assert part["stage"] == "base model" and any(label.endswith("/model.safetensors") for label in part["files"])
+    assert verify_release(target, copied).wrong == ()
+    flip(base / "model.safetensors", 1000)
+    assert verify_release(target, copied).wrong[0][0] == "base model"
+
+
+def test_the_exported_steps_checkpoint_is_the_chains(copied: Path, tmp_path: Path) -> None:
+    """The best step's, not the newest; and the card says so."""
+    newest = next((copied / "rpo" / "checkpoints").iterdir())
+    best = newest.with_name("step-00000001")
+    shutil.copytree(newest, best)
+    row = {"step": 1, "ended": int(newest.name.removeprefix("step-")), "metric": "validation_loss", "value": 0.5}
+    write_json(copied / "rpo" / "exported.json", row)
+    write_release(copied, tmp_path / "best", ReleaseOptions())
+    files = read_json(tmp_path / "best" / "provenance.json")["chain"][STAGES.index("model")]["files"]
+    folders = {label.split("/")[2] for label in files if label.startswith("rpo/checkpoints/")}
+    assert folders == {"step-00000001"} and "rpo/exported.json" in files
+    assert "| exported step | – | – | 1, the best by validation_loss |" in (tmp_path / "best" / "README.md").read_text()
+    shutil.rmtree(best)  # pruned: the chain does without, and does not take another step's for it
+    write_release(copied, tmp_path / "pruned", ReleaseOptions())
+    assert "rpo/checkpoints" not in (tmp_path / "pruned" / "provenance.json").read_text()
 
 
 def test_another_stage_may_be_chosen(finished: Path, tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def test_the_hubs_name_is_told_where_it_is_sure(tmp_path: Path, folder: str, siz
 
 
 def test_qwen3_is_under_apache(tmp_path: Path) -> None:
-    directory = model(tmp_path / "q", model_type="qwen3", num_hidden_layers=36, hidden_size=2560)
-    assert base_model(directory, hub_id=None, licence=None).licence == licence_named("apache-2.0")
+    directory = model(
+        tmp_path / "Qwen3-4B-Base", model_type="qwen3", num_hidden_layers=36, hidden_size=2560, intermediate_size=9728
+    )
+    base = base_model(directory, hub_id=None, licence=None)
+    assert base.licence == licence_named("apache-2.0") and base.hub_id == "Qwen/Qwen3-4B-Base"
 
 
 def test_the_hubs_readme_says_what_no_table_knows(tmp_path: Path) -> None:
@@ -100,6 +103,8 @@ def test_a_fine_tune_cannot_make_a_size_freer(tmp_path: Path) -> None:
     assert licence is not None and licence.identifier == "qwen-research"
     with pytest.raises(UserError, match=r"--base-licence apache-2.0: .* under qwen-research"):
         base_model(directory, hub_id=None, licence="apache-2.0")
+    told = base_model(directory, hub_id=None, licence="qwen-research").licence
+    assert told is not None and told.link == "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE"
     stricter = model(tmp_path / "nc", "7b", card="license: cc-by-nc-4.0")
     licence = base_model(stricter, hub_id=None, licence=None).licence
     assert licence is not None and licence.identifier == "cc-by-nc-4.0"
