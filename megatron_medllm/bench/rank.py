@@ -33,7 +33,7 @@ from megatron_medllm.planner.from_config import workload_of
 from megatron_medllm.planner.hardware import load_hardware
 from megatron_medllm.planner.memory import optimizer_bytes, stage_memory, weight_bytes
 from megatron_medllm.planner.parameters import chunk_layers
-from megatron_medllm.planner.step_time import PassTime, head_time, layer_time
+from megatron_medllm.planner.step_time import PassTime, accumulation_time, head_time, layer_time
 from megatron_medllm.storage import atomic_write, write_json
 from megatron_medllm.train.cpt_step import CptStep
 from megatron_medllm.train.model import build_chunks, resolve_adapter
@@ -198,7 +198,8 @@ def planned_compute_s(run: RunConfig, hardware: str, stage: int, *, micro_batche
     work = sum(layer_time(workload, machine), PassTime()).times(layers)
     if stage == run.layout.pp - 1:
         work = sum(head_time(workload, machine), work)
-    return micro_batches * (work.gemm + work.attention + work.memory)
+    own_work = micro_batches * (work.gemm + work.attention + work.memory)
+    return own_work + accumulation_time(workload, machine, stage=stage, micro_batches=micro_batches)
 
 
 def _micro_batches(config: CptConfig, ranks: Runtime, settings: RankSettings) -> int:

@@ -225,7 +225,7 @@ def _weight(record: dict[str, Any], where: str) -> float:
 
 
 def _question(record: dict[str, Any]) -> str | None:
-    """The question's own name; what is no name (NaN, a list) is as good as none: then the prompt tells questions apart."""
+    """The question's own name. What is no name (NaN, a list) is as good as none: the prompt tells questions apart."""
     for name in _QUESTION_FIELDS:
         value = record.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool) and value != "":

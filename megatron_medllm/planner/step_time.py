@@ -190,11 +190,12 @@ def step_time(workload: Workload, hardware: Hardware) -> StepTime:
     busiest = max(range(layout.pp), key=lambda s: trace.busy_time_s[s])
     work = sum((table[f, busiest, v] for f in (True, False) for v in range(layout.vpp)), PassTime())
     work = work.times(workload.num_microbatches)
+    accumulation = accumulation_time(workload, hardware, stage=busiest, micro_batches=workload.num_microbatches)
     data_parallel = data_parallel_time(workload, hardware, backward_s=trace.step_time_s / workload.num_microbatches)
     parts = {
         "matrix products": work.gemm,
         "attention": work.attention,
-        "memory-bound kernels": work.memory + accumulation_time(workload, hardware),
+        "memory-bound kernels": work.memory + accumulation,
         "tensor-parallel communication": work.tensor_parallel,
         "context-parallel communication": work.context_parallel,
         "pipeline bubble and transfers": trace.step_time_s - trace.busy_time_s[busiest],
@@ -233,19 +234,17 @@ def data_parallel_time(workload: Workload, hardware: Hardware, *, backward_s: fl
     return seconds - min(seconds, backward_s) * hardware.overlap_data_parallel
 
 
-def accumulation_time(workload: Workload, hardware: Hardware) -> float:
-    """Seconds of adding weight gradients to their fp32 sums on the torch backend, on the fullest stage, in a step.
+def accumulation_time(workload: Workload, hardware: Hardware, *, stage: int, micro_batches: int) -> float:
+    """Seconds of adding a stage's weight gradients to their fp32 sums on the torch backend.
 
     Of every micro-batch: a gradient is written and read as the model holds it, its sum read and written. Transformer
     Engine's products add it as they end; adapters' gradients are too small to matter.
     """
     if workload.backend == "te" or workload.frozen_base:
         return 0.0
-    numel = max(
-        sum(w.numel for chunk in range(workload.layout.vpp) for w in chunk_weights(workload, stage=s, chunk=chunk))
-        for s in range(workload.layout.pp)
-    )
-    moved = numel * (2 * workload.compute_bytes + 8) * workload.num_microbatches
+    chunks = range(workload.layout.vpp)
+    numel = sum(w.numel for chunk in chunks for w in chunk_weights(workload, stage=stage, chunk=chunk))
+    moved = numel * (2 * workload.compute_bytes + 8) * micro_batches
     return moved / (hardware.memory_bandwidth * hardware.efficiency_memory)
 
 

@@ -195,18 +195,22 @@ class Checkpoints:
             write_json(save.partial / _DIGESTS, _digests(save.partial, known=self._writers.digests))
             shutil.rmtree(save.final, ignore_errors=True)
             save.partial.rename(save.final)
-            self._prune(save.best)
+            self._prune(save)
         except (OSError, UserError) as error:
             return str(error)
         self.save_s = time.monotonic() - save.started
         return None
 
-    def _prune(self, best: int | None) -> None:
-        """Remove what need not stay; `best` is on the disk, as its own save came before this one or is this one."""
-        steps = sorted(self._steps())
+    def _prune(self, save: _Save) -> None:
+        """Remove what need not stay of `save` and those before it.
+
+        Its best is on the disk: that save came before, or is this one. Later steps are there only where a resume passed
+        over a damaged one; they must not crowd out what is whole.
+        """
+        steps = sorted(step for step in self._steps() if step <= save.step)
         for step in steps[: -self._config.keep]:
             every = self._config.keep_every_steps
-            if step != best and not (every and step % every == 0):
+            if step != save.best and not (every and step % every == 0):
                 shutil.rmtree(self.directory / f"step-{step:08d}")
 
     def _steps(self) -> list[int]:
@@ -226,7 +230,7 @@ class Checkpoints:
         return next(self._verified([step for step in self.best.ranked() if step in kept]), None)
 
     def _verified(self, steps: list[int]) -> Iterator[tuple[int, Path]]:
-        """Those of the main process's `steps` whose files match their digests, each when it is asked for. Collective."""
+        """Those of the main process's `steps` whose files match their digests, found one by one. Collective."""
         told = [steps]
         dist.broadcast_object_list(told, src=0)
         for step in told[0]:

@@ -202,14 +202,15 @@ def test_a_full_disk_keeps_the_best_that_is_there(
 
 
 def test_a_roll_back_keeps_the_best(place: Path, tmp_path: Path, overfitted: Path, monkeypatch, caplog) -> None:
+    """Back at step 12, which was validated before its save, nothing is validated twice or forgotten."""
     monkeypatch.setattr(LossGuard, "problem", lambda self, step, loss: "made up" if step in (13, 14) else None)
-    run = run_config(
-        settings(place, tmp_path, checkpoint={"every_steps": 4}, guard={"roll_back_after": 2, "stop_after": 4})
-    )
-    with pytest.raises(UserError, match="4 steps had to be skipped"):
-        train(run)
+    run = run_config(settings(place, tmp_path, checkpoint={"every_steps": 4}, guard={"roll_back_after": 2}))
+    assert train(run) == 0
     assert "rolling back to" in caplog.text and "step-00000012" in caplog.text
-    assert kept(tmp_path / "rpo") == [best_of(overfitted), 12]
+    assert [row["step"] for row in rows_of(tmp_path / "rpo") if "validation_loss" in row] == VALIDATED
+    assert kept(tmp_path / "rpo") == [best_of(overfitted), 30]
+    weights = [(path / "hf" / "model.safetensors").read_bytes() for path in (tmp_path / "rpo", overfitted)]
+    assert weights[0] == weights[1]
 
 
 def test_a_damaged_best_is_passed_over(place: Path, tmp_path: Path, overfitted: Path, caplog) -> None:
@@ -222,13 +223,25 @@ def test_a_damaged_best_is_passed_over(place: Path, tmp_path: Path, overfitted: 
     assert read_json(tmp_path / "rpo" / "exported.json")["step"] == 30
 
 
+def test_a_damaged_newest_does_not_crowd_out_what_is_saved_after_it(
+    place: Path, tmp_path: Path, overfitted: Path, monkeypatch
+) -> None:
+    shutil.copytree(overfitted, tmp_path / "rpo")
+    (tmp_path / "rpo" / "checkpoints" / "step-00000030" / "state.json").write_text("{}")
+    monkeypatch.setenv("MEDLLM_WALLTIME_S", "0.001")
+    best = best_of(overfitted)
+    for step in (best + 1, best + 2):
+        assert train(run_config(settings(place, tmp_path))) == REQUEUE_EXIT_CODE
+        assert kept(tmp_path / "rpo") == [best, step, 30]
+
+
 def test_other_questions_held_out_are_another_run(place: Path, tmp_path: Path, overfitted: Path) -> None:
     shutil.copytree(overfitted, tmp_path / "rpo")
     with pytest.raises(UserError, match="checkpoint of another run: held_out"):
         train(run_config(settings(place, tmp_path, validation_share=0.2)))
-    with pytest.raises(UserError, match="rpo.validation_share holds nothing out"):
+    with pytest.raises(UserError, match=r"rpo\.validation_share holds nothing out"):
         train(run_config(settings(place, tmp_path / "other", validation_share=0.0)))
-    with pytest.raises(UserError, match="checkpoint.best=validation_rejected_logprob: this run can compare"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=validation_rejected_logprob: this run can compare"):
         checkpoint = {"best": "validation_rejected_logprob"}
         train(run_config(settings(place, tmp_path / "other", checkpoint=checkpoint)))
 

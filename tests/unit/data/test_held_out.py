@@ -52,7 +52,7 @@ def test_other_pairs_change_nothing_about_a_question() -> None:
 def test_at_least_one_question_validates_and_one_trains() -> None:
     assert len(hold_out(many(3), 0.001).questions) == 1
     assert len(hold_out(many(3), 0.999).questions) == 2
-    with pytest.raises(UserError, match="validation_share=0.5: all pairs answer one question"):
+    with pytest.raises(UserError, match=r"validation_share=0\.5: all pairs answer one question"):
         hold_out(many(1), 0.5)
     nothing = hold_out(many(1), 0.0)
     assert (nothing.rows, nothing.digest()) == ([], None)

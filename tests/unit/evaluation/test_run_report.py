@@ -278,6 +278,25 @@ def test_trainings_without_any_exam(tmp_path: Path) -> None:
     assert "No finished evaluation in this run." in page
 
 
+def test_validation_is_drawn_beside_training(tmp_path: Path) -> None:
+    """Dots for every validation, step 0 included where its number means something."""
+    names = ("loss", "accuracy", "chosen_reward", "rejected_reward")
+    names += ("chosen_logprob_per_token", "rejected_logprob_per_token")
+    held_out = [{"step": step, **{f"validation_{name}": 1.0 + (step - 4) ** 2 for name in names}} for step in (0, 3, 6)]
+    per_token = {"chosen_logprob_per_token": -2.0, "rejected_logprob_per_token": -3.0}
+    write_metrics(tmp_path, "rpo", [*(preference_row(step, **per_token) for step in range(6)), *held_out])
+    facts = build_report(tmp_path)["trainings"]["rpo"]
+    validated = [facts[f"{name}validation_loss"] for name in ("first_", "best_", "")]
+    assert (validated, facts["best_validation_step"]) == ([17.0, 2.0, 5.0], 3)
+    page = page_of(tmp_path)
+    assert "2.000 (3)" in page
+    dots = {
+        title: page[page.index(f"<h3>RPO: {title}</h3>") :].split("</svg>")[0].count("<circle")
+        for title in ("loss", "reward margin", "pairs ranked right", "log-probability per token")
+    }
+    assert dots == {"loss": 3, "reward margin": 3, "pairs ranked right": 2, "log-probability per token": 6}
+
+
 def test_control_without_reference_has_no_margin_curve(tmp_path: Path) -> None:
     for name in ("rpo", "rpo-sft", "rpo-dpo"):
         write_metrics(tmp_path, name, [preference_row(step) for step in range(3)])

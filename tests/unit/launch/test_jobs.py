@@ -261,9 +261,9 @@ def test_a_recipe_that_cannot_fit_is_refused_unless_forced(recipe: Path, tmp_pat
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_renders(example: Path, tmp_path: Path) -> None:
     overrides = [f"run_dir={tmp_path}/run", "data=inputs"]
-    size = re.search(r"qwen2\.5-([\d.]+b)", example.name)
+    size = re.search(r"qwen2\.5-([\d.]+b)|(qwen3-[\d.]+b)", example.name)
     if size is not None:
-        overrides += [f"model.path={write_config(tmp_path, SIZES[size[1]])}", "model.size=null"]
+        overrides += [f"model.path={write_config(tmp_path, SIZES[size[1] or size[2]])}", "model.size=null"]
     run = load(example, overrides)
     printed = submit_recipe(run, stages=None, dry_run=True, force=False)
     scripts = printed.split("# ---- ")[1:]

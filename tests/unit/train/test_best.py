@@ -89,12 +89,12 @@ def test_a_resume_takes_what_the_checkpoint_holds_and_a_roll_back_keeps_what_was
 def test_a_metric_that_the_run_does_not_report_is_refused() -> None:
     asked = config(checkpoint={"best": "validation_accuracy"}, validate_every_steps=5)
     step = SimpleNamespace(validation_metrics=("validation_loss", "validation_perplexity", "validation_kl"))
-    with pytest.raises(UserError, match="validation_accuracy: .* by validation_loss, validation_perplexity$"):
+    with pytest.raises(UserError, match=r"validation_accuracy: .* by validation_loss, validation_perplexity$"):
         build_best(asked, step)
     with pytest.raises(UserError, match="nothing is held out"):
         build_best(asked, SimpleNamespace(validation_metrics=()))
     kl = config(checkpoint={"best": "validation_kl"}, validate_every_steps=5)
-    with pytest.raises(UserError, match="checkpoint.best=validation_kl"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=validation_kl"):
         build_best(kl, step)
 
 
