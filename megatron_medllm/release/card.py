@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from megatron_medllm.config.corpus import SourceConfig
+from megatron_medllm.config.train import RpoConfig
 from megatron_medllm.errors import UserError
 from megatron_medllm.pages.markdown import markdown_table
 from megatron_medllm.pages.numbers import count
@@ -70,8 +71,9 @@ def card_metadata(run: FinishedRun, facts: CardFacts, summary: dict[str, Any]) -
     datasets = [source.dataset for source in _sources(run) if source.dataset and not run.place(source.dataset).exists()]
     found |= {"datasets": list(dict.fromkeys(datasets))} if datasets else {}
     tags = ["medical", *(["continued-pretraining"] if "cpt" in run.lineage() else []), "megatron-core"]
-    if any(run.round_suffix(name) is not None for name in run.lineage()):
-        tags += ["preference-optimization", run.section(run.model).loss.kind] if run.config.rpo else []
+    trained = run.section(run.model)
+    if isinstance(trained, RpoConfig):
+        tags += ["preference-optimization", trained.loss.kind]
     found["tags"] = tags
     found["model-index"] = model_index(facts.name, summary)
     return found
