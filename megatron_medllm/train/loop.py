@@ -68,7 +68,7 @@ def _fit(trainer: Trainer, first: int, started: float) -> int | None:
         stop_requests(config.guard, started) as stop,
         watching(trainer, first) as watch,
     ):
-        validation = Validation(trainer, stop, books.record_validation)
+        validation = Validation(trainer, stop, books.record_validation, watch.enter)
         validation.begin(first)
         while step < step_object.total_steps and not trainer.checkpoints.best.exhausted:
             clock = StepClock(watch.enter)

@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_medllm.processes import ProcessId
 
-IN_A_STEP = ("data", "forward_backward", "optimizer")
+# In the order in which a rank comes to them: what it has not begun yet, others may wait for.
+IN_A_STEP = ("validation", "data", "forward_backward", "gradient_norm", "optimizer")
 LEFT = "left"  # the phase of a rank that has ended its training loop
 
 

@@ -14,8 +14,15 @@ log = logging.getLogger(__name__)
 class Validation:
     """Validates where it is due, and never twice after the same step."""
 
-    def __init__(self, trainer: Trainer, stop: StopRequests, record: Callable[[int, dict[str, float]], None]) -> None:
-        self._trainer, self._stop, self._record = trainer, stop, record
+    def __init__(
+        self,
+        trainer: Trainer,
+        stop: StopRequests,
+        record: Callable[[int, dict[str, float]], None],
+        enter: Callable[[str], None],
+    ) -> None:
+        """`record` writes a step's metrics down; `enter` is told "validation" as one begins, and "" as it ends."""
+        self._trainer, self._stop, self._record, self._enter = trainer, stop, record, enter
         self._best = trainer.checkpoints.best
 
     def begin(self, first: int) -> None:
@@ -50,6 +57,7 @@ class Validation:
 
     def _measure(self) -> dict[str, float]:
         chunks, started = self._trainer.chunks, time.monotonic()
+        self._enter("validation")
         gather_parameters(chunks)
         for chunk in chunks:
             chunk.eval()
@@ -59,3 +67,4 @@ class Validation:
             for chunk in chunks:
                 chunk.train()
             self._stop.note_validation(time.monotonic() - started)
+            self._enter("")

@@ -110,4 +110,4 @@ def test_every_row_is_a_recipe_with_settings_it_knows(name: str, tiny: bool) -> 
     run = load(REPOSITORY / "examples" / f"{row.recipe}.yaml", row.all_overrides(tiny=tiny))
     assert run.model.path is None and (run.model.resolve_shape().hidden_size < 1000) == tiny
     for switch, value in row.switches.items():
-        assert getattr(run.kernels, switch) == value
+        assert getattr(run.kernels, switch) == ("auto" if tiny and value == "cudnn" else value)  # cuDNN needs a GPU

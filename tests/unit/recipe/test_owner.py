@@ -114,7 +114,13 @@ def test_an_orphan_that_cannot_be_killed_is_named_and_not_forgotten(
 
 def test_waiting_for_an_orphan_may_be_interrupted_and_the_next_owner_still_finds_it(tmp_path: Path) -> None:
     with deaf_orphan(tmp_path) as (stage, _):
-        second = subprocess.Popen([sys.executable, "-c", OWN, str(tmp_path), "", ""], stderr=subprocess.PIPE, text=True)
+        second = subprocess.Popen(
+            [sys.executable, "-c", OWN, str(tmp_path), "", ""],
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that run in a shell's background inherit that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert second.stderr is not None and "has outlived its pipeline" in second.stderr.readline()
         second.send_signal(signal.SIGINT)
         second.communicate(timeout=30)
