@@ -53,7 +53,7 @@ demo: $(VENV)/.installed ## the whole recipe on an invented miniature world, end
 test: $(VENV)/.installed-test ## the whole test suite (but for test-slurm)
 	$(PYTEST) -m "not slurm" -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-fast: $(VENV)/.installed-test ## unit tests only, without the slow ones: a minute and a half on two cores
+test-fast: $(VENV)/.installed-test ## unit tests only, without the slow ones: two and a half minutes on two cores
 	$(PYTEST) -q -m "not slow" -n 2 --dist worksteal tests/unit $(PYTEST_ARGS)
 
 # The other Megatron-Core (megatron_medllm/versions.py), on a newer Python, in an environment of its own. It holds torch's
