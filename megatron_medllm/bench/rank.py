@@ -26,6 +26,7 @@ from megatron_medllm.data.microbatch import MicroBatch
 from megatron_medllm.errors import UserError
 from megatron_medllm.models.gpt import unwrap
 from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel.foreach import leaves
 from megatron_medllm.parallel.packed import Segment
 from megatron_medllm.parallel.runtime import Runtime
 from megatron_medllm.parallel.staging import runs_ahead
@@ -117,7 +118,7 @@ def held_bytes(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> dict[st
     """Bytes of weights, gradients, fp32 main weights that are no views of the weights, and moments."""
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage() for c in chunks for p in c.parameters()}
     main = moments = 0
-    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for leaf in leaves(optimizer):
         for group in leaf.optimizer.param_groups:
             for shard in group["params"]:
                 state = leaf.optimizer.state[shard]

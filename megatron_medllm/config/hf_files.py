@@ -51,6 +51,11 @@ def weight_files(hf_dir: Path) -> dict[Path, set[str]]:
     return shards
 
 
+def digested_files(hf_dir: Path) -> list[str]:
+    """The files by whose digests a model is told from another: its tensors and its shape."""
+    return [*sorted(path.name for path in hf_dir.glob("*.safetensors")), "config.json"]
+
+
 def _indexed(index: Path) -> dict[Path, set[str]]:
     """The files that an index names, with the tensors it promises in each."""
     content = read_json(index)

@@ -81,7 +81,7 @@ class AdaptedLinear(nn.Module):
         adapted: bool,
         device: torch.device,
         context: ContextSplit = WHOLE,
-        folded: bool = True,
+        folded: bool = False,
     ) -> None:
         """Args:
         linear: Megatron-Core's ColumnParallelLinear or RowParallelLinear.
@@ -91,7 +91,7 @@ class AdaptedLinear(nn.Module):
         adapted: False: only freeze the weight and hold it in the base's format.
         device: where the adapter and a quantized weight are put.
         context: which tokens of a stream are this rank's.
-        folded: compute base and adapter as one function where nothing lies between them.
+        folded: compute base and adapter as one function; only where `folds` allows it.
         """
         super().__init__()
         if linear.bias is not None and linear.skip_bias_add:
@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Module):
             self.frozen, self.weight = FORMATS[config.base](linear.weight.detach().to(device)), None
         self.lora_a = self.lora_b = None
         # A row layer's bias comes after its ranks' sum, rounded on its own.
-        self.folded = folded and can_fold(config, self.tp_group.size()) and (split == "column" or self.bias is None)
+        self.folded = folded and (split == "column" or self.bias is None)
         if adapted:
             outputs, inputs = linear.weight.shape
             self.lora_a = self._half((config.rank, inputs), device, split_dim=1 if split == "row" else None)

@@ -27,6 +27,7 @@ from megatron_medllm.kernels.attention import (
     plan_key,
     ragged_attention,
 )
+from megatron_medllm.kernels.backend import missing_hopper
 from megatron_medllm.models.attention import Attend, PackedAttention, attend_by_default, dense_sdpa, flash_varlen
 from megatron_medllm.parallel.packed import PackedSequences, Segment
 from megatron_medllm.parallel.staging import to_device
@@ -145,10 +146,8 @@ def _choice(
 
 def missing_dense(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """What dense cuDNN attention lacks here, in words; None where nothing is missing."""
-    if device.type != "cuda":
-        return f"a CUDA device (this one is {device.type})"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"a Hopper GPU (this one is {torch.cuda.get_device_name(device)})"
+    if (missing := missing_hopper(device)) is not None:
+        return missing
     if dtype not in _SIXTEEN_BITS:
         return f"model.dtype bfloat16 (this one is {str(dtype).removeprefix('torch.')})"
     if width % 16 or width > 128:

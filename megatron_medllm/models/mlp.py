@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_medllm.config.model import ModelConfig
 from megatron_medllm.errors import UserError
-from megatron_medllm.kernels.backend import triton_installed
+from megatron_medllm.kernels.backend import missing_cuda, triton_installed
 from megatron_medllm.kernels.swiglu import swiglu
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,6 @@ def use_own_swiglu(mlps: Iterable[MLP]) -> None:
 def _missing(device: torch.device, backend: str) -> str | None:
     if backend != "torch":
         return "model.backend=torch"
-    if device.type != "cuda":
-        return f"a CUDA device (this one is {device.type})"
+    if (missing := missing_cuda(device)) is not None:
+        return missing
     return None if triton_installed() else "the triton package"

@@ -43,8 +43,6 @@ from megatron_medllm.parallel.bucket_padding import mend_saved_state
 from megatron_medllm.parallel.overlap import gather_parameters, overlaps
 from megatron_medllm.parallel.shards import LocalState, divide_state, is_written_here, optimizer_state
 
-MOMENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 # (model chunk, micro-batch) -> (the chunk's output, its loss function)
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable]]
 
@@ -127,7 +125,7 @@ def build_optimizer(
         UserError: bf16 moments where apex brings the optimizer.
     """
     ddp_config: DistributedDataParallelConfig = vars(chunks[0])["ddp_config"]
-    moments = MOMENTS_DTYPES[optimizer.moments_dtype]
+    moments = torch.bfloat16 if optimizer.moments_dtype == "bfloat16" else torch.float32
     te_moments = moments if HAVE_TE and torch.cuda.is_available() else torch.float32
     built = get_megatron_optimizer(
         McoreOptimizerConfig(

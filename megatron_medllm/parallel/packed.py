@@ -93,7 +93,6 @@ class PackedSequences(PackedSeqParams):
     ahead: bool = False  # plans go to the device in queued copies
     _batches: "list[PaddedBatch] | None" = field(default=None, repr=False)
     _plans: "list[VarlenPlan] | None" = field(default=None, repr=False)
-    _layout: "RaggedLayout | None" = field(default=None, repr=False)
     tables: dict = field(default_factory=dict, repr=False)  # what a kernel made of the layout, by the kernel's own key
 
     @classmethod
@@ -155,17 +154,15 @@ class PackedSequences(PackedSeqParams):
         return self._plans
 
     def ragged_layout(self) -> "RaggedLayout":
-        """The same for cuDNN's ragged kernels; computed once per micro-batch.
+        """The same for cuDNN's ragged kernels, whose tables `tables` keeps.
 
         Raises:
             ValueError: under context parallelism.
         """
         if self.split.size != 1:
             raise ValueError("a ragged layout is of a whole stream")
-        if self._layout is None:
-            (pieces,) = cut_into_pieces(self.segments, self.split)
-            self._layout = _ragged_layout(pieces)
-        return self._layout
+        (pieces,) = cut_into_pieces(self.segments, self.split)
+        return _ragged_layout(pieces)
 
 
 @dataclass(frozen=True)

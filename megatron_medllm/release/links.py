@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_medllm.config.hf_files import digested_files
 from megatron_medllm.errors import UserError
 from megatron_medllm.inference.model_files import model_digest
 from megatron_medllm.release.chain import exam_summary
@@ -66,10 +67,7 @@ def weights_digest(hf_dir: Path, digests: Mapping[Path, str]) -> str | None:
 
     (`train.reference.digest_weights` reads the files, and stands behind all of Megatron-Core.)
     """
-    names = sorted(path.name for path in hf_dir.glob("*.safetensors"))
-    if not names:
-        return None
-    paths = [hf_dir / name for name in (*names, "config.json")]
+    paths = [hf_dir / name for name in digested_files(hf_dir)]
     return digest_value({path.name: digests[path] for path in paths}) if all(p in digests for p in paths) else None
 
 

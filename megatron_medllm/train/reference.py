@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_medllm.checkpoint.peft_adapter import CONFIG_NAME, WEIGHTS_NAME
+from megatron_medllm.config.hf_files import digested_files
 from megatron_medllm.config.megatron_dirs import find_megatron
 from megatron_medllm.config.run import RunConfig
 from megatron_medllm.config.train import AdapterConfig, RpoConfig
@@ -86,7 +87,7 @@ def _weight_files(model_dir: Path) -> list[str]:
     """What the model's weights and shape depend on, as paths from its directory."""
     place = find_megatron(model_dir)
     if place is None:
-        return [*sorted(path.name for path in model_dir.glob("*.safetensors")), "config.json"]
+        return digested_files(model_dir)
     return [os.path.relpath(path, model_dir) for path in place.files()]
 
 

@@ -17,6 +17,7 @@ from megatron_medllm.config.layout import LayoutConfig
 from megatron_medllm.config.model import ModelConfig, ModelShape
 from megatron_medllm.config.train import OptimizerConfig
 from megatron_medllm.parallel import mcore, runtime
+from megatron_medllm.parallel.foreach import leaves
 from megatron_medllm.planner.host_memory import saved_share_bytes
 from megatron_medllm.planner.workload import Workload
 from tests.worlds.ranks import next_rendezvous
@@ -51,7 +52,7 @@ def built(layout: LayoutConfig, *, dtype: str = "bfloat16", timeout_s: float = 6
 def own_tensors(optimizer: Any) -> list[Tensor]:
     """This rank's fp32 weights and moments."""
     found = []
-    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for leaf in leaves(optimizer):
         for group in leaf.optimizer.param_groups:
             for shard in group["params"]:
                 state = leaf.optimizer.state[shard]

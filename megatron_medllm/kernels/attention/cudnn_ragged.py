@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_medllm.errors import UserError
 from megatron_medllm.kernels.attention.ragged import PlanKey, RaggedBatch
+from megatron_medllm.kernels.backend import missing_hopper
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,8 @@ _UIDS = {
 
 def missing_front_end(device: torch.device) -> str | None:
     """What ragged cuDNN attention lacks here, in words; None where nothing is missing."""
-    if device.type != "cuda":
-        return f"a CUDA device (this one is {device.type})"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"a Hopper GPU (this one is {torch.cuda.get_device_name(device)})"
+    if (missing := missing_hopper(device)) is not None:
+        return missing
     if importlib.util.find_spec("cudnn") is None:
         return "cuDNN's front end (pip install nvidia-cudnn-frontend==1.19.0)"
     try:

@@ -117,18 +117,7 @@ def fused_linear_logprob(
     tp_size = dist.get_world_size(tp_group) if tp_group is not None else 1
     vocab_size = weight.shape[0] * tp_size if valid_vocab is None else valid_vocab
     frozen = not weight.requires_grad if frozen_weight is None else frozen_weight
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or (weight.requires_grad and not frozen))
-    if not wants_grad:
-        mode: Mode = "score"
-    elif frozen:
-        mode = "frozen"
-    else:
-        mode = "general" if uniform_grad is None else "uniform"
-    upstream = None
-    if mode == "uniform":
-        if not isinstance(uniform_grad, Tensor):  # filled there: a copy of a number would wait for the device
-            uniform_grad = torch.full((), float(uniform_grad or 0.0), device=hidden.device)
-        upstream = uniform_grad.to(hidden.device, torch.float32).expand(len(target))
+    mode = _mode(hidden, weight, frozen=frozen, uniform=uniform_grad is not None)
     plan = _Plan(
         mode=mode,
         rows=row_backend(backend, hidden.device.type),
@@ -139,10 +128,26 @@ def fused_linear_logprob(
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens or _default_chunk(hidden.device.type, weight.shape[0], logits_dtype),
-        uniform_grad=upstream,
+        uniform_grad=_upstream(uniform_grad, len(target), hidden.device) if mode == "uniform" else None,
         kept_rows=kept_rows,
     )
     return _FusedLinearLogprob.apply(hidden, weight.detach() if frozen else weight, target, plan)
+
+
+def _mode(hidden: Tensor, weight: Tensor, *, frozen: bool, uniform: bool) -> Mode:
+    """How much is computed now, by what is known of the backward pass."""
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or (weight.requires_grad and not frozen)):
+        return "score"
+    if frozen:
+        return "frozen"
+    return "uniform" if uniform else "general"
+
+
+def _upstream(uniform_grad: Tensor | float | None, tokens: int, device: torch.device) -> Tensor:
+    """`uniform_grad` as [T] fp32 on the device."""
+    if not isinstance(uniform_grad, Tensor):  # filled there: a copy of a number would wait for the device
+        uniform_grad = torch.full((), float(uniform_grad or 0.0), device=device)
+    return uniform_grad.to(device, torch.float32).expand(tokens)
 
 
 class _FusedLinearLogprob(torch.autograd.Function):
